@@ -1,0 +1,1 @@
+"""Data for training and evaluation: the shapes world, and what turns samples into batches."""

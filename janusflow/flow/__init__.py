@@ -1,0 +1,1 @@
+"""Rectified flow: path, grids, solvers, guidance. Knows torch and nothing of language models."""

@@ -1,0 +1,1 @@
+"""The model: language model, understanding path, generation heads, and their checkpoints."""

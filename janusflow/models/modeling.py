@@ -1,0 +1,545 @@
+"""The model: a Llama language model, a SigLIP understanding path, and generation heads over both.
+
+Axes: B batch, L prompt tokens (left-padded), N image tokens, E language width, C latent channels.
+This module knows ids and tensors; text, pictures and checkpoints on disk are others' work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.janus.modeling_janus import JanusVisionAlignerMLP, JanusVisionModel
+
+from janusflow.errors import PromptError, SettingsError
+from janusflow.flow.guidance import check_guidance_scale, classifier_free_guidance
+from janusflow.flow.solvers import StepCallback, solve
+from janusflow.flow.timesteps import time_grid
+from janusflow.models.configuration import FlowHeadConfig, JanusFlowConfig
+from janusflow.models.flow_head import FlowHead
+
+
+@dataclass
+class PromptPrefix:
+    """Cached keys and values of prompts, reusable by every step and every image.
+
+    Attributes:
+        cache: Keys and values by layer, (B, heads, L, head width).
+        attention_mask: 1 where a slot of the cache may be attended to, (B, L).
+        next_position: Position of the token that follows, by row, (B,).
+    """
+
+    cache: Cache
+    attention_mask: Tensor
+    next_position: Tensor
+
+    def __len__(self) -> int:
+        return self.attention_mask.shape[0]
+
+    def select(self, rows: Tensor) -> PromptPrefix:
+        """A new prefix of the given rows, a row as often as it is named."""
+        layers = [
+            (layer.keys.index_select(0, rows), layer.values.index_select(0, rows))
+            for layer in self.cache.layers
+        ]
+        return PromptPrefix(
+            DynamicCache(layers), self.attention_mask[rows], self.next_position[rows]
+        )
+
+    def with_unconditional(self, first_token: PromptPrefix) -> PromptPrefix:
+        """Appends an unconditional row for every row: the first token alone.
+
+        Its key and value stand in the last slot, everything before is masked; the positions that
+        follow are those of the conditional row, as published (arXiv 2411.07975).
+        """
+        num = len(self)
+        layers = []
+        for layer, first in zip(self.cache.layers, first_token.cache.layers, strict=True):
+            joined = []
+            for own, other in ((layer.keys, first.keys), (layer.values, first.values)):
+                row = torch.zeros_like(own)
+                row[:, :, -1:] = other.expand(num, -1, -1, -1)
+                joined.append(torch.cat([own, row]))
+            layers.append(tuple(joined))
+        mask = torch.zeros_like(self.attention_mask)
+        mask[:, -1] = 1
+        return PromptPrefix(
+            DynamicCache(layers),
+            torch.cat([self.attention_mask, mask]),
+            self.next_position.repeat(2),
+        )
+
+
+class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Looks at pictures autoregressively and draws them by rectified flow.
+
+    Text comes from `generate`, pictures' latents from `generate_latents`; `encode_prompt` and
+    `velocity` are the parts of the latter for one's own loops.
+    """
+
+    config_class = JanusFlowConfig
+    config: JanusFlowConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    output_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["LlamaDecoderLayer", "JanusVisionEncoderLayer", "ConvNextBlock"]
+    _tied_weights_keys = {
+        "language_model.lm_head.weight": "language_model.model.embed_tokens.weight"
+    }
+
+    def __init__(self, config: JanusFlowConfig) -> None:
+        super().__init__(config)
+        width = config.text_config.hidden_size
+        self.language_model = LlamaForCausalLM._from_config(config.text_config)
+        self.vision_model = JanusVisionModel._from_config(config.vision_config)
+        self.aligner = JanusVisionAlignerMLP(config.vision_config)
+        if config.learned_begin_embedding:
+            self.begin_embedding = nn.Parameter(torch.empty(1, width))
+        if config.flow_config is not None:
+            self.flow_head = FlowHead(config.flow_config, width)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> JanusFlowForConditionalGeneration:
+        """Loads a model from a folder or hub id in any known layout, strictly.
+
+        Args:
+            pretrained_model_name_or_path: A folder, a hub id, or "tiny" for the bundled model.
+            **kwargs: As for `transformers.PreTrainedModel.from_pretrained`; `dtype` (float32 when
+                not given), `device_map`, `revision`, ….
+
+        Raises:
+            CheckpointError: If the folder is no model, or a weight is missing, unexpected or of
+                the wrong shape.
+        """
+        from janusflow.models.checkpoints import load_model
+
+        return load_model(cls, pretrained_model_name_or_path, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self and self.config.learned_begin_embedding:
+            nn.init.normal_(self.begin_embedding, std=self.config.text_config.initializer_range)
+
+    @property
+    def generation_heads(self) -> tuple[str, ...]:
+        """Names of the generation heads that the model holds."""
+        return self.config.generation_heads
+
+    def require_head(self, head: str) -> None:
+        """Refuses a head that the model does not hold.
+
+        Raises:
+            SettingsError: Naming the heads that it holds.
+        """
+        if head not in self.generation_heads:
+            held = ", ".join(self.generation_heads) or "none"
+            raise SettingsError(f"this model has no generation head {head!r}; it holds: {held}")
+
+    @property
+    def flow_config(self) -> FlowHeadConfig:
+        """Sizes of the flow head.
+
+        Raises:
+            SettingsError: If the model holds none.
+        """
+        self.require_head("flow")
+        return self.config.flow_config
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's token embeddings."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the language model's token embeddings."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language model's head over the vocabulary."""
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the language model's head over the vocabulary."""
+        self.language_model.set_output_embeddings(value)
+
+    # Understanding
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Language-model embeddings of pictures.
+
+        Args:
+            pixel_values: (images, 3, H, W) in [-1, 1]. Sides other than the trained one are taken
+                when the patch size divides them; the position embeddings are interpolated.
+
+        Returns:
+            (images, N, E).
+        """
+        config = self.config
+        if config.pixel_mean is not None:
+            mean, std = (
+                torch.tensor(v, device=pixel_values.device).reshape(-1, 1, 1)
+                for v in (config.pixel_mean, config.pixel_std)
+            )
+            pixel_values = (pixel_values.float() - mean) / std
+        patch, sides = config.vision_config.patch_size, pixel_values.shape[-2:]
+        if any(side % patch for side in sides):
+            raise SettingsError(
+                f"pixel_values of {sides[0]} x {sides[1]} px: sides must be multiples of {patch}"
+            )
+        trained = config.vision_config.image_size
+        features = self.vision_model(
+            pixel_values, interpolate_pos_encoding=tuple(sides) != (trained, trained)
+        ).last_hidden_state
+        return self.aligner(features)
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+        """Embeddings (B, L, E) of ids (B, L), image features in the place of placeholders.
+
+        Args:
+            input_ids: Each picture is a run of N placeholders after its begin tag.
+            pixel_values: All pictures in the order of their placeholders, (images, 3, H, W), or by
+                row, (B, images, 3, H, W), where rows with fewer pictures are padded at the end.
+
+        Raises:
+            PromptError: If placeholders and pictures do not match in number.
+        """
+        embeddings = self.get_input_embeddings()(input_ids)
+        if pixel_values is None:
+            return embeddings
+        patch = self.config.vision_config.patch_size
+        num_tokens = (pixel_values.shape[-2] // patch) * (pixel_values.shape[-1] // patch)
+        placeholder = self._placeholders(input_ids, num_tokens)
+        if pixel_values.ndim == 5:
+            used = placeholder.sum(1) // num_tokens
+            pixel_values = torch.cat(
+                [row[:n] for row, n in zip(pixel_values, used.tolist(), strict=True)]
+            )
+        if int(placeholder.sum()) != len(pixel_values) * num_tokens:
+            raise PromptError(
+                f"{len(pixel_values)} images need {len(pixel_values) * num_tokens} placeholders "
+                f"({num_tokens} each), but input_ids hold {int(placeholder.sum())}"
+            )
+        features = self.get_image_features(pixel_values).to(embeddings.dtype)
+        embeddings = embeddings.masked_scatter(placeholder[..., None], features)
+        if self.config.learned_begin_embedding:
+            begins = torch.zeros_like(placeholder)
+            starts = placeholder.clone()
+            starts[:, 1:] &= self._run_starts(placeholder, num_tokens)[:, 1:]
+            begins[:, :-1] = starts[:, 1:]
+            begin = self.begin_embedding.to(embeddings.dtype)
+            embeddings = torch.where(begins[..., None], begin, embeddings)
+        return embeddings
+
+    def _placeholders(self, input_ids: Tensor, num_tokens: int) -> Tensor:
+        """Where placeholders stand, (B, L) bool; without a known id, runs of equal ids."""
+        if self.config.image_token_id is not None:
+            return input_ids == self.config.image_token_id
+        found = torch.zeros_like(input_ids, dtype=torch.bool)
+        if num_tokens > 1:
+            for candidate in input_ids.unique().tolist():
+                same = input_ids == candidate
+                # A run after the first place: padding on the left is no picture.
+                lengths = self._run_lengths(same)
+                inside = lengths[lengths > 0]
+                if len(inside) and bool((inside % num_tokens == 0).all()) and not same[:, 0].any():
+                    found |= same
+        return found
+
+    @staticmethod
+    def _run_lengths(mask: Tensor) -> Tensor:
+        """Length of each run of True at the place where it ends, 0 elsewhere, (B, L)."""
+        position = torch.arange(mask.shape[1], device=mask.device)
+        last_gap = torch.where(mask, -1, position).cummax(1).values
+        ends = mask & ~nn.functional.pad(mask, (0, 1))[:, 1:]
+        return torch.where(ends, position - last_gap, 0)
+
+    @staticmethod
+    def _run_starts(placeholder: Tensor, num_tokens: int) -> Tensor:
+        """Every num_tokens-th placeholder of a row begins a picture, (B, L) bool."""
+        rank = placeholder.cumsum(1) - 1
+        return placeholder & (rank % num_tokens == 0)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits of a conversation with pictures.
+
+        Args:
+            input_ids: (B, L), left-padded.
+            pixel_values: See `embed`.
+            attention_mask: 1 for tokens, 0 for padding, (B, L).
+            position_ids: (B, L); by default counted over the attention mask.
+            past_key_values: Cache of what came before.
+            inputs_embeds: (B, L, E), instead of ids.
+            labels: Ids to predict, -100 where no loss is taken, (B, L).
+            use_cache: Whether to return the cache.
+            logits_to_keep: Compute logits of the last so many positions only; 0 = all.
+            **kwargs: Passed to the language model.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise PromptError("give input_ids or inputs_embeds")
+            inputs_embeds = self.embed(input_ids, pixel_values)
+        if position_ids is None and attention_mask is not None and past_key_values is None:
+            position_ids = positions(attention_mask)
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Hands pictures to the first step only; the cache holds them afterwards."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            inputs["pixel_values"] = pixel_values
+        return inputs
+
+    # Generation of pictures, flow head
+
+    def encode_prompt(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> PromptPrefix:
+        """Runs prompts once and keeps their keys and values.
+
+        Args:
+            input_ids: (B, L), left-padded, ending in the generation tag, which the flow head
+                drops: the time token takes its place.
+            attention_mask: 1 for tokens, 0 for padding, (B, L).
+
+        Raises:
+            PromptError: If a prompt has no token before the tag or padding on the right, or if
+                prompt and picture together exceed the context.
+        """
+        mask = self._check_prompt(input_ids, attention_mask)
+        mask = mask[:, :-1]
+        output = self.language_model.model(
+            input_ids=input_ids[:, :-1],
+            attention_mask=mask,
+            position_ids=positions(mask),
+            past_key_values=DynamicCache(),
+            use_cache=True,
+        )
+        return PromptPrefix(output.past_key_values, mask, mask.sum(1))
+
+    def encode_unconditional(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> PromptPrefix:
+        """The prefix of guidance, one row: the prompts' first token alone.
+
+        Raises:
+            PromptError: If the prompts do not begin with one and the same token.
+        """
+        mask = self._check_prompt(input_ids, attention_mask)
+        first = input_ids.gather(1, mask.argmax(1, keepdim=True))
+        if len(first.unique()) != 1:
+            raise PromptError(
+                "guidance needs prompts that begin with the same token (begin of sentence), got "
+                f"first ids {first.flatten().tolist()}"
+            )
+        # A second token stands for the tag that encode_prompt drops.
+        return self.encode_prompt(first[:1].repeat(1, 2))
+
+    def _check_prompt(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if input_ids.ndim != 2 or input_ids.shape[0] == 0:
+            raise PromptError(
+                f"input_ids have shape {tuple(input_ids.shape)}; expected (batch, length)"
+            )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        if mask.shape != input_ids.shape:
+            raise PromptError(
+                f"attention_mask {tuple(mask.shape)} must have the shape of input_ids "
+                f"{tuple(input_ids.shape)}"
+            )
+        if bool((mask.diff(dim=1) < 0).any()) or bool((mask.sum(1) < 2).any()):
+            raise PromptError(
+                "each prompt needs at least one token before the generation tag, and padding "
+                "stands on the left only"
+            )
+        limit = self.config.text_config.max_position_embeddings
+        image_tokens = self.config.flow_config.num_image_tokens if "flow" in self.generation_heads else 0
+        longest = int(mask.sum(1).max())
+        if longest + image_tokens > limit:
+            raise PromptError(
+                f"a prompt of {longest} tokens and {image_tokens} image tokens exceed the context "
+                f"of {limit}; shorten the prompt"
+            )
+        return mask
+
+    def velocity(self, latents: Tensor, t: Tensor | float, prefix: PromptPrefix) -> Tensor:
+        """Velocity of latents at time t, given prompts.
+
+        Args:
+            latents: (B, C, H/8, W/8).
+            t: In [0, 1], 0 = noise, 1 = image; a scalar or (B,).
+            prefix: Prompts of `encode_prompt`, B rows; unchanged afterwards.
+
+        Returns:
+            float32 (B, C, H/8, W/8).
+        """
+        self.require_head("flow")
+        self.flow_head.check_latents(latents)
+        if len(latents) != len(prefix):
+            raise SettingsError(f"{len(latents)} latents do not fit {len(prefix)} prompts")
+        times = torch.as_tensor(t, dtype=torch.float32, device=latents.device).expand(len(latents))
+        tokens = self.flow_head.tokens(latents, times)
+        length = tokens.embeddings.shape[1]
+        mask = nn.functional.pad(prefix.attention_mask, (0, length), value=1)
+        steps = torch.arange(length, device=latents.device)
+        output = self.language_model.model(
+            inputs_embeds=tokens.embeddings,
+            attention_mask=mask,
+            position_ids=prefix.next_position[:, None] + steps,
+            past_key_values=prefix.cache,
+            use_cache=True,
+        )
+        prefix.cache.crop(-length)
+        return self.flow_head.velocity(output.last_hidden_state, tokens)
+
+    def flow_forward(
+        self, input_ids: Tensor, attention_mask: Tensor, latents: Tensor, t: Tensor
+    ) -> Tensor:
+        """The same velocity without a cache, in one pass that gradients flow through.
+
+        Args:
+            input_ids: (B, L), left-padded, ending in the generation tag, which is dropped.
+            attention_mask: (B, L); masked tokens still count as positions when they stand
+                after the first token (a dropped condition), not when they stand before it.
+            latents: (B, C, H/8, W/8).
+            t: (B,).
+
+        Returns:
+            float32 (B, C, H/8, W/8).
+        """
+        tokens = self.flow_head.tokens(latents, t)
+        prompt = self.get_input_embeddings()(input_ids[:, :-1])
+        embeddings = torch.cat([prompt, tokens.embeddings.to(prompt.dtype)], dim=1)
+        length = tokens.embeddings.shape[1]
+        mask = nn.functional.pad(attention_mask[:, :-1], (0, length), value=1)
+        output = self.language_model.model(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=positions((mask.cumsum(1) > 0).long()),
+            use_cache=False,
+        )
+        return self.flow_head.velocity(output.last_hidden_state[:, -length:], tokens)
+
+    @torch.no_grad()
+    def generate_latents(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        latents: Tensor | None = None,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 2.0,
+        solver: str = "euler",
+        generator: torch.Generator | None = None,
+        pad_token_id: int | None = None,
+        on_step: StepCallback | None = None,
+    ) -> Tensor:
+        """Draws latents of pictures by solving the flow's ODE.
+
+        Args:
+            input_ids: (B, L), left-padded, ending in the generation tag.
+            attention_mask: (B, L); by default padding is what equals `pad_token_id` on the left.
+            latents: Noise `x_0`, (B · n, C, H/8, W/8), n images a prompt, prompt by prompt; drawn
+                from `generator` when not given. Not modified.
+            num_inference_steps: Intervals of the time grid.
+            guidance_scale: 1.0 = off.
+            solver: A name in `janusflow.flow.solvers.SOLVERS`.
+            generator: CPU generator of the noise.
+            pad_token_id: Id of the padding; the config's when not given.
+            on_step: See `janusflow.flow.solvers.StepCallback`.
+
+        Returns:
+            Latents, scaled as the autoencoder's `scaling_factor` has it, float32 (or float64 for
+            float64 noise), shaped like the noise.
+        """
+        config = self.flow_config
+        times = time_grid(num_inference_steps)
+        scale = check_guidance_scale(guidance_scale)
+        if attention_mask is None:
+            pad = self.config.pad_token_id if pad_token_id is None else pad_token_id
+            attention_mask = torch.ones_like(input_ids)
+            if pad is not None:
+                attention_mask = ((input_ids != pad).cumsum(1) > 0).long()
+        if latents is None:
+            side = config.latent_size
+            shape = (len(input_ids), config.latent_channels, side, side)
+            latents = torch.randn(shape, generator=generator)
+        self.flow_head.check_latents(latents)
+        images, rest = divmod(len(latents), len(input_ids))
+        if rest or not images:
+            raise SettingsError(
+                f"{len(latents)} latents do not divide among {len(input_ids)} prompts"
+            )
+        x_0 = latents.to(self.device, torch.promote_types(latents.dtype, torch.float32))
+        prefix = self.encode_prompt(input_ids, attention_mask)
+        field = self.guided_field(
+            prefix.select(torch.arange(len(input_ids), device=self.device).repeat_interleave(images)),
+            None if scale == 1.0 else self.encode_unconditional(input_ids, attention_mask),
+            scale,
+        )
+        return solve(field, x_0, times, solver=solver, on_step=on_step).latents
+
+    def guided_field(
+        self, prefix: PromptPrefix, unconditional: PromptPrefix | None, guidance_scale: float
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """The velocity that a solver integrates, with guidance in one batch of twice the rows.
+
+        Args:
+            prefix: Prompts, a row for each picture.
+            unconditional: From `encode_unconditional`; None = unguided, one row a picture.
+            guidance_scale: Weight of guidance.
+        """
+        if unconditional is None:
+            return lambda x, t: self.velocity(x, t, prefix)
+        both = prefix.with_unconditional(unconditional)
+
+        def field(x: Tensor, t: Tensor) -> Tensor:
+            conditional, free = self.velocity(torch.cat([x, x]), t, both).chunk(2)
+            return classifier_free_guidance(conditional, free, guidance_scale)
+
+        return field
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Positions (B, L) that count the tokens of a left-padded mask; padding gets 0."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)

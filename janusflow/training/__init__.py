@@ -1,0 +1,1 @@
+"""Training: objectives, the loop, checkpoints. `janusflow train CONFIG.yaml` is its door."""

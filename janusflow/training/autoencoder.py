@@ -1,0 +1,114 @@
+"""Training of the small KL autoencoder of the bundled model, on the shapes world.
+
+Axes: B batch, H W pixels, h w latent cells. Loss: mean absolute and mean squared error of the
+pixels, and the KL divergence of the posterior from a standard normal, per latent value. The KL
+term keeps the latents smooth, which the flow head needs more than the last decibel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from janusflow.data.shapes import draw, sample_scene
+from janusflow.training.loop import LoopSettings, Objective
+
+
+@dataclass(frozen=True)
+class AutoencoderSettings:
+    """Sizes, batch and loss weights of an autoencoder run."""
+
+    task: str = "autoencoder"
+    output_dir: str = "runs/autoencoder"
+    image_size: int = 64
+    latent_channels: int = 4
+    block_out_channels: list[int] = field(default_factory=lambda: [16, 32, 64, 128])
+    """Channels by level; each level but the first halves the side."""
+    layers_per_block: int = 1
+    batch_size: int = 16
+    kl_weight: float = 1e-4
+    squared_weight: float = 2.0
+    object_weight: float = 4.0
+    """Pixels of objects count so many times more than those of the background."""
+    loop: LoopSettings = field(default_factory=LoopSettings)
+
+
+def to_pixels(pictures: list[Image.Image]) -> Tensor:
+    """RGB pictures of one size as float32 (B, 3, H, W) in [-1, 1]."""
+    stacked = np.stack([np.asarray(picture) for picture in pictures])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class AutoencoderObjective(Objective):
+    """Reconstructs freshly drawn scenes."""
+
+    def __init__(self, settings: AutoencoderSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        levels = len(settings.block_out_channels)
+        self.vae = AutoencoderKL(
+            block_out_channels=tuple(settings.block_out_channels),
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            layers_per_block=settings.layers_per_block,
+            latent_channels=settings.latent_channels,
+            norm_num_groups=8,
+            sample_size=settings.image_size,
+            mid_block_add_attention=False,
+        ).to(memory_format=torch.channels_last)
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """Pixels (B, 3, H, W) and the posterior's noise (B, C, h, w)."""
+        rng = np.random.default_rng([self.settings.loop.seed, step])
+        size, num = self.settings.image_size, self.settings.batch_size
+        pixels = to_pixels([draw(sample_scene(rng), size) for _ in range(num)])
+        side = size // 2 ** (len(self.settings.block_out_channels) - 1)
+        noise = rng.standard_normal((num, self.settings.latent_channels, side, side), np.float32)
+        return {
+            "pixels": pixels.contiguous(memory_format=torch.channels_last),
+            "noise": torch.from_numpy(noise),
+        }
+
+    def forward(self, *, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        """Reconstruction and KL losses."""
+        posterior = self.vae.encode(pixels).latent_dist
+        decoded = self.vae.decode((posterior.mean + posterior.std * noise)).sample.float()
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        error = decoded - pixels
+        # Corners are always background.
+        on_object = (pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.1
+        weight = 1 + (self.settings.object_weight - 1) * on_object
+        return {
+            "absolute": (weight * error.abs()).mean(),
+            "squared": self.settings.squared_weight * (weight * error.square()).mean(),
+            "kl": self.settings.kl_weight * kl,
+        }
+
+    def preview(self, step: int, folder: Path) -> dict[str, float]:
+        """PSNR in decibels on scenes that training does not see, and a sheet of them."""
+        rng = np.random.default_rng([self.settings.loop.seed, 2**31])
+        pixels = to_pixels([draw(sample_scene(rng), self.settings.image_size) for _ in range(128)])
+        pixels = pixels.to(next(self.vae.parameters()).device)
+        decoded = self.vae.decode(self.vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+        squared = (decoded - pixels).div(2).square().flatten(1).mean(1)
+        pairs = torch.cat([pixels[:16], decoded[:16]]).add(1).mul(127.5).round().byte()
+        sheet = torch.cat([torch.cat(list(row), 2) for row in pairs.split(16)], 1)
+        Image.fromarray(sheet.permute(1, 2, 0).cpu().numpy()).save(folder / "preview.png")
+        return {"psnr": round(float(-10 * squared.log10().mean()), 3)}
+
+    def export(self, folder: Path) -> None:
+        """Saves the autoencoder with the scaling factor that gives its latents unit deviation."""
+        rng = np.random.default_rng([self.settings.loop.seed, 2**31 + 1])
+        pixels = to_pixels([draw(sample_scene(rng), self.settings.image_size) for _ in range(512)])
+        with torch.no_grad():
+            device = next(self.vae.parameters()).device
+            latents = self.vae.encode(pixels.to(device)).latent_dist.mean
+        self.vae.register_to_config(scaling_factor=round(float(1 / latents.std()), 5))
+        self.vae.save_pretrained(folder)

@@ -1,0 +1,68 @@
+"""Optimizers and the learning-rate schedule.
+
+Muon (https://kellerjordan.github.io/posts/muon) steps the matrices inside the layers; embeddings,
+heads, norms, biases and convolutions always take AdamW.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from janusflow.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How weights are stepped."""
+
+    name: str = "adamw"
+    """"adamw", or "muon" for the layers' matrices with AdamW for all else."""
+    learning_rate: float = 1e-4
+    """Peak rate of AdamW."""
+    muon_learning_rate: float = 1e-2
+    """Peak rate of Muon; each update has the RMS of AdamW's scaled by max(1, rows/columns)."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    """Steps of linear rise to the peak."""
+    decay_fraction: float = 0.0
+    """Share of all steps, at the end, over which the rate falls linearly to 0; 0 = constant."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this L2 norm."""
+
+    def __post_init__(self) -> None:
+        if self.name not in ("adamw", "muon"):
+            raise SettingsError(f"optimizer.name is 'adamw' or 'muon', not {self.name!r}")
+        if not 0 <= self.decay_fraction <= 1:
+            raise SettingsError(f"optimizer.decay_fraction is in [0, 1], not {self.decay_fraction}")
+
+
+def build_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
+    """One optimizer, or two for Muon: (Muon over matrices, AdamW over the rest)."""
+    matrices, rest = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        inner = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
+        (matrices if inner and settings.name == "muon" else rest).append(parameter)
+    betas = (settings.betas[0], settings.betas[1])
+    adamw = torch.optim.AdamW(
+        rest, lr=settings.learning_rate, betas=betas, weight_decay=settings.weight_decay, fused=True
+    )
+    if not matrices:
+        return [adamw]
+    muon = torch.optim.Muon(
+        matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay, momentum=0.95
+    )
+    return [muon, adamw]
+
+
+def rate_factor(step: int, total_steps: int, settings: OptimizerSettings) -> float:
+    """Share of the peak rate at a step: linear warm-up, constant, linear decay to 0."""
+    rise = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+    decay_steps = settings.decay_fraction * total_steps
+    fall = min(1.0, (total_steps - step) / decay_steps) if decay_steps else 1.0
+    return min(rise, fall)
