@@ -38,7 +38,9 @@ def time_grid(num_inference_steps: int, *, shift: float = 1.0) -> Tensor:
     """
     steps = num_inference_steps
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise SettingsError(f"num_inference_steps must be a whole number of at least 1, got {steps!r}")
+        raise SettingsError(
+            f"num_inference_steps must be a whole number of at least 1, got {steps!r}"
+        )
     if not (math.isfinite(shift) and shift > 0):
         raise SettingsError(f"shift must be a finite number above 0, got {shift!r}")
     t = torch.arange(steps + 1, dtype=torch.float64) / steps

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -360,7 +361,9 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         return PromptPrefix(output.past_key_values, mask, mask.sum(1))
 
-    def encode_unconditional(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> PromptPrefix:
+    def encode_unconditional(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> PromptPrefix:
         """The prefix of guidance, one row: the prompts' first token alone.
 
         Raises:
@@ -393,7 +396,9 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "stands on the left only"
             )
         limit = self.config.text_config.max_position_embeddings
-        image_tokens = self.config.flow_config.num_image_tokens if "flow" in self.generation_heads else 0
+        image_tokens = (
+            self.config.flow_config.num_image_tokens if "flow" in self.generation_heads else 0
+        )
         longest = int(mask.sum(1).max())
         if longest + image_tokens > limit:
             raise PromptError(
@@ -437,28 +442,37 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """The same velocity without a cache, in one pass that gradients flow through.
 
+        Several latents of one prompt share a row of the language model: prompt, time and image
+        tokens of the first, of the second, …; each sees the prompt and itself only.
+
         Args:
             input_ids: (B, L), left-padded, ending in the generation tag, which is dropped.
             attention_mask: (B, L); masked tokens still count as positions when they stand
                 after the first token (a dropped condition), not when they stand before it.
-            latents: (B, C, H/8, W/8).
-            t: (B,).
+            latents: n for each prompt, prompt by prompt, (B · n, C, H/8, W/8).
+            t: (B · n,).
 
         Returns:
-            float32 (B, C, H/8, W/8).
+            float32 (B · n, C, H/8, W/8).
         """
+        self.require_head("flow")
         tokens = self.flow_head.tokens(latents, t)
         prompt = self.get_input_embeddings()(input_ids[:, :-1])
-        embeddings = torch.cat([prompt, tokens.embeddings.to(prompt.dtype)], dim=1)
-        length = tokens.embeddings.shape[1]
-        mask = nn.functional.pad(attention_mask[:, :-1], (0, length), value=1)
+        images, length = len(latents) // len(input_ids), tokens.embeddings.shape[1]
+        blocks = rearrange(tokens.embeddings, "(b n) l e -> b (n l) e", n=images)
+        mask = attention_mask[:, :-1]
+        begun = mask.cumsum(1) > 0
+        steps = torch.arange(length, device=mask.device).repeat(images)
+        position_ids = torch.cat([positions(begun), begun.sum(1, keepdim=True) + steps], dim=1)
         output = self.language_model.model(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            position_ids=positions((mask.cumsum(1) > 0).long()),
+            inputs_embeds=torch.cat([prompt, blocks.to(prompt.dtype)], dim=1),
+            attention_mask=_shared_prompt_mask(mask, images, length),
+            position_ids=position_ids,
             use_cache=False,
         )
-        return self.flow_head.velocity(output.last_hidden_state[:, -length:], tokens)
+        hidden = output.last_hidden_state[:, prompt.shape[1] :]
+        hidden = rearrange(hidden, "b (n l) e -> (b n) l e", n=images)
+        return self.flow_head.velocity(hidden, tokens)
 
     @torch.no_grad()
     def generate_latents(
@@ -513,7 +527,9 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         x_0 = latents.to(self.device, torch.promote_types(latents.dtype, torch.float32))
         prefix = self.encode_prompt(input_ids, attention_mask)
         field = self.guided_field(
-            prefix.select(torch.arange(len(input_ids), device=self.device).repeat_interleave(images)),
+            prefix.select(
+                torch.arange(len(input_ids), device=self.device).repeat_interleave(images)
+            ),
             None if scale == 1.0 else self.encode_unconditional(input_ids, attention_mask),
             scale,
         )
@@ -540,6 +556,28 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return field
 
 
+def _shared_prompt_mask(attention_mask: Tensor, images: int, length: int) -> Tensor:
+    """What each token may attend to, (B, 1, S, S) bool, S = L + images · length.
+
+    Causal; picture tokens see the prompt (B, L) and their own picture. Padding sees itself, so
+    that no row of the softmax is empty.
+    """
+    prompt_length = attention_mask.shape[1]
+    device = attention_mask.device
+    picture = torch.cat(
+        [
+            torch.zeros(prompt_length, dtype=torch.long, device=device),
+            torch.arange(1, images + 1, device=device).repeat_interleave(length),
+        ]
+    )
+    place = torch.arange(len(picture), device=device)
+    causal = place[:, None] >= place
+    related = (picture == 0) | (picture[:, None] == picture)
+    visible = nn.functional.pad(attention_mask.bool(), (0, images * length), value=True)
+    allowed = (causal & related) & visible[:, None, :]
+    return (allowed | (place[:, None] == place))[:, None]
+
+
 def positions(attention_mask: Tensor) -> Tensor:
     """Positions (B, L) that count the tokens of a left-padded mask; padding gets 0."""
-    return (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)

@@ -155,6 +155,10 @@ class SegmentEncoder:
         specials = sorted((t.content for t in added if t.special), key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the plain copy behind: the library forgets its switch on the way."""
+        return {**vars(self), "_plain": None}
+
     def __call__(self, segments: Sequence[Segment]) -> list[int]:
         """Return the ids, without a begin-of-sentence token."""
         text = "".join(segment.text for segment in segments)

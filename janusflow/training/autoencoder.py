@@ -34,6 +34,9 @@ class AutoencoderSettings:
     batch_size: int = 16
     kl_weight: float = 1e-4
     squared_weight: float = 2.0
+    latent_noise: float = 0.1
+    """Noise on the latents in training, in their standard deviations: the decoder learns to
+    forgive small errors of the flow."""
     object_weight: float = 4.0
     """Pixels of objects count so many times more than those of the background."""
     loop: LoopSettings = field(default_factory=LoopSettings)
@@ -76,9 +79,10 @@ class AutoencoderObjective(Objective):
         }
 
     def forward(self, *, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        """Reconstruction and KL losses."""
+        """Reconstruction losses and KL divergence."""
         posterior = self.vae.encode(pixels).latent_dist
-        decoded = self.vae.decode((posterior.mean + posterior.std * noise)).sample.float()
+        std = posterior.std + self.settings.latent_noise * posterior.mean.detach().std()
+        decoded = self.vae.decode(posterior.mean + std * noise).sample.float()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         error = decoded - pixels

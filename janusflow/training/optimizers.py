@@ -21,9 +21,7 @@ class OptimizerSettings:
     name: str = "adamw"
     """"adamw", or "muon" for the layers' matrices with AdamW for all else."""
     learning_rate: float = 1e-4
-    """Peak rate of AdamW."""
-    muon_learning_rate: float = 1e-2
-    """Peak rate of Muon; each update has the RMS of AdamW's scaled by max(1, rows/columns)."""
+    """Peak rate; Muon's updates are scaled to the size of AdamW's, so both share it."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.0
     warmup_steps: int = 0
@@ -55,7 +53,10 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torc
     if not matrices:
         return [adamw]
     muon = torch.optim.Muon(
-        matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay, momentum=0.95
+        matrices,
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
     )
     return [muon, adamw]
 

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from transformers import ProcessorMixin
 
@@ -18,6 +21,14 @@ CASES = json.loads(
     (Path(__file__).parents[1] / "golden" / "prompts.json").read_text(encoding="utf-8")
 )["cases"]
 RED, GREEN, BLUE = (Image.new("RGB", (20, 20), colour) for colour in ("red", "lime", "blue"))
+
+
+class Pipeline(DiffusionPipeline):
+    """Nothing but a processor, to be saved with."""
+
+    def __init__(self, processor: JanusFlowProcessor) -> None:
+        super().__init__()
+        self.register_modules(processor=processor)
 
 
 def colours(pixel_values: torch.Tensor) -> list[str]:
@@ -346,3 +357,17 @@ def test_calling_twice_gives_the_same_and_changes_nothing(processor) -> None:
     assert processor.tokenizer.encode(EOS_TOKEN, add_special_tokens=False) == [
         processor.eos_token_id
     ]
+
+
+@pytest.mark.parametrize("travel", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_in_another_process_still_tells_typed_tags_from_real_ones(processor, travel) -> None:
+    talk = [user(RED, f"a {EOS_TOKEN}")]
+    before = processor(talk)["input_ids"]
+    assert torch.equal(travel(processor)(talk)["input_ids"], before)
+
+
+def test_a_diffusers_pipeline_saves_and_loads_it(processor, tmp_path: Path) -> None:
+    pipe = Pipeline(processor)
+    pipe.save_pretrained(tmp_path)
+    again = Pipeline.from_pretrained(tmp_path).processor
+    assert again.to_dict() == processor.to_dict()

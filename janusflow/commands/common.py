@@ -1,0 +1,110 @@
+"""Shared by the commands: where results may go, and the pipeline that makes them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from janusflow.errors import SettingsError
+from janusflow.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from janusflow.pipeline import JanusFlowPipeline
+
+
+def check_writable(target: Path) -> None:
+    """Refuses a file that could not be written, before hours are spent on what goes into it.
+
+    Raises:
+        SettingsError: If it is a folder, or its folder is missing or cannot be written.
+    """
+    if target.is_dir():
+        raise SettingsError(f"{target} is a folder; give a file name")
+    if not target.parent.is_dir():
+        raise SettingsError(f"there is no folder {target.parent} to write {target.name} into")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):  # mode bits alone say little: root, mounts
+            pass
+    except OSError as error:
+        raise SettingsError(f"the folder {target.parent} cannot be written: {error}") from error
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the first of CUDA, MPS and the CPU that is there.
+
+    Raises:
+        SettingsError: If it is unknown or not there.
+    """
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"no device {name!r} here ({reason}); cpu always works") from error
+    if device.type == "meta":
+        raise SettingsError("the device meta computes nothing; cpu always works")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a name; "auto" is bfloat16 on a CUDA device that has it, else float32."""
+    import torch
+
+    if name == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        name = "bfloat16" if fast else "float32"
+    return getattr(torch, name)
+
+
+def load_pipeline(arguments: argparse.Namespace, *, pictures: bool = True) -> JanusFlowPipeline:
+    """The pipeline that `--model`, `--vae`, `--device` and `--dtype` ask for."""
+    from janusflow.pipeline import JanusFlowPipeline
+
+    device = pick_device(arguments.device)
+    pipe = JanusFlowPipeline.from_pretrained(
+        arguments.model,
+        vae=arguments.vae if pictures else None,
+        torch_dtype=pick_dtype(arguments.dtype, device),
+        device=device,
+    )
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
+    return pipe
+
+
+def resolved_settings(
+    arguments: argparse.Namespace, pipe: JanusFlowPipeline, **more: Any
+) -> dict[str, Any]:
+    """What makes a result again: arguments, device, dtype, the model's hash and versions."""
+    import diffusers
+    import torch
+    import transformers
+
+    from janusflow.models.checkpoints import resolve_model_folder, weights_hash
+
+    skipped = ("module", "takes_overrides", "prompts", "output", "grid", "json", "sheet")
+    given = {key: value for key, value in vars(arguments).items() if key not in skipped}
+    return {
+        **given,
+        "device": str(pipe.device),
+        "dtype": str(pipe.model.dtype).removeprefix("torch."),
+        **more,
+        "weights": weights_hash(resolve_model_folder(arguments.model)),
+        "versions": {
+            "janusflow": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "diffusers": diffusers.__version__,
+        },
+    }

@@ -1,0 +1,107 @@
+"""Batches of the shapes world: captions for drawing, conversations for looking.
+
+Every batch is a function of (seed, step), of fixed shape. Axes: B rows, L tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from janusflow.data.shapes.language import ask, training_caption, training_scene
+from janusflow.data.shapes.scene import Scene, draw, sample_scene
+from janusflow.processing.processor import JanusFlowProcessor
+
+IGNORED = -100
+"""Label of tokens that no loss is taken of."""
+
+
+def picture_scene(seed: int, index: int) -> Scene:
+    """The scene of the picture `index` of a data set."""
+    return sample_scene(np.random.default_rng([seed, 1, index]))
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Pictures with questions and answers, right-padded.
+
+    Attributes:
+        input_ids: (B, L).
+        labels: Ids of the answers and their ends, `IGNORED` elsewhere, (B, L).
+        pixel_values: (B, 3, H, W) in [-1, 1].
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    pixel_values: Tensor
+
+
+class ShapesBatches:
+    """Makes the batches with a model's processor."""
+
+    def __init__(self, processor: JanusFlowProcessor, seed: int) -> None:
+        self.processor = processor
+        self.seed = seed
+        self._ids = lru_cache(maxsize=65536)(self._tokenize)
+
+    def _tokenize(self, text: str) -> tuple[int, ...]:
+        return tuple(self.processor.tokenizer.encode(text, add_special_tokens=False))
+
+    def captions(
+        self, indices: np.ndarray, step: int, length: int, dropout: float
+    ) -> tuple[Tensor, Tensor]:
+        """Prompts of the pictures `indices`, ending in the generation tag, left-padded.
+
+        A share `dropout` of the prompts is dropped as sampling drops them: every token but the
+        first becomes padding and is masked.
+
+        Returns:
+            input_ids and attention_mask, (B, length).
+        """
+        rng = np.random.default_rng([self.seed, 2, step])
+        processor = self.processor
+        ids = np.full((len(indices), length), processor.pad_token_id, np.int64)
+        mask = np.zeros_like(ids)
+        for row, index in enumerate(indices):
+            caption = training_caption(picture_scene(self.seed, int(index)), rng).text
+            tokens = [processor.bos_token_id, *self._ids(f"User: {caption}\n\nAssistant:")]
+            start = length - len(tokens) - 1
+            if start < 0:
+                raise ValueError(f"a prompt of {len(tokens) + 1} tokens exceeds {length}")
+            mask[row, start:] = 1
+            if rng.random() < dropout:
+                tokens[1:] = [processor.pad_token_id] * (len(tokens) - 1)
+                mask[row, start + 1 :] = 0
+            ids[row, start:] = [*tokens, processor.image_gen_id]
+        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+    def conversations(self, num: int, step: int, length: int) -> Conversations:
+        """Fresh pictures, each with as many questions and answers as `length` tokens hold."""
+        rng = np.random.default_rng([self.seed, 3, step])
+        processor = self.processor
+        ids = np.full((num, length), processor.pad_token_id, np.int64)
+        labels = np.full_like(ids, IGNORED)
+        scenes = [training_scene(rng) for _ in range(num)]
+        begin = [processor.bos_token_id, *self._ids("User: "), processor.begin_of_image_id]
+        begin += [processor.image_token_id] * processor.num_image_tokens
+        begin += [processor.end_of_image_id]
+        for row, scene in enumerate(scenes):
+            at = len(begin)
+            ids[row, :at] = begin
+            for turn, question in enumerate(ask(scene, rng)):
+                start = "\n" if turn == 0 else "User: "
+                asked = self._ids(f"{start}{question.text}\n\nAssistant:")
+                answer = (*self._ids(f" {question.answer}"), processor.eos_token_id)
+                end = at + len(asked) + len(answer)
+                if end > length:
+                    break
+                ids[row, at:end] = asked + answer
+                labels[row, at + len(asked) : end] = answer
+                at = end
+        pictures = [draw(scene, processor.image_processor.image_size) for scene in scenes]
+        pixels = processor.image_processor(pictures)
+        return Conversations(torch.from_numpy(ids), torch.from_numpy(labels), pixels)

@@ -1,0 +1,571 @@
+"""Text to pictures with either head, and answers about pictures, in one object.
+
+Axes: P prompts, n images a prompt, B = P · n images in all (prompt by prompt), C latent channels.
+The pipeline joins the model, the autoencoder and the processor; how checkpoints lie on disk, how
+prompts are written and how an ODE is solved is known elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from transformers import GenerationConfig
+
+from janusflow.errors import CheckpointError, SettingsError
+from janusflow.flow.guidance import check_guidance_scale
+from janusflow.flow.noise import first_seed, image_noise
+from janusflow.flow.solvers import SolveStopped, make_solver, solve
+from janusflow.flow.timesteps import time_grid
+from janusflow.models.answers import SAMPLING_OPTIONS, sampling_processors, stream_text
+from janusflow.models.autoencoder import (
+    SDXL_VAE,
+    AutoencoderKL,
+    check_fit,
+    decode,
+    load_autoencoder,
+    without_float16,
+)
+from janusflow.models.modeling import JanusFlowForConditionalGeneration
+from janusflow.processing.processor import JanusFlowProcessor
+
+OutputType = Literal["pil", "pt", "np", "latent"]
+OUTPUT_TYPES = ("pil", "pt", "np", "latent")
+
+StepEndCallback = Callable[["JanusFlowPipeline", int, float, dict[str, Tensor]], "dict | None"]
+"""`callback(pipe, step, t, {"latents": …})` after every step, t the time that was reached."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class JanusFlowOutput:
+    """What a call of the pipeline gives.
+
+    Attributes:
+        images: By `output_type`: PIL images; "pt" float32 (B, 3, H, W) in [0, 1] on the CPU; "np"
+            float32 (B, H, W, 3) in [0, 1]; "latent" the latents.
+        latents: Scaled latents, float32 (B, C, H/8, W/8), on the pipeline's device.
+        nfe: Evaluations of the guided velocity for each image.
+        num_forward_passes: Rows that the network computed for each image; guidance doubles them.
+        seeds: Seed of each image, or None where `generator` or `latents` was given: an image comes
+            again from its prompt, its seed and the settings alone.
+    """
+
+    images: Any
+    latents: Tensor
+    nfe: int
+    num_forward_passes: int
+    seeds: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A checked call: prompts as ids, noise, and what the loop needs."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    noise: Tensor
+    seeds: tuple[int, ...] | None
+    times: Tensor
+    guidance_scale: float
+    images_per_prompt: int
+    batch_size: int
+
+
+class JanusFlowPipeline(DiffusionPipeline):
+    """Draws pictures of prompts and answers questions about pictures.
+
+    A diffusers pipeline: `.to()`, `save_pretrained`, `enable_model_cpu_offload`,
+    `set_progress_bar_config` work as they do there.
+
+    Args:
+        model: The language model with its vision tower and heads.
+        processor: Text and pictures to model inputs.
+        vae: Latents to pixels; None leaves `output_type="latent"` only.
+
+    Raises:
+        CheckpointError: If the autoencoder makes other latents than the model's head, or the
+            processor other inputs than the model takes.
+    """
+
+    model_cpu_offload_seq = "model->vae"
+    _optional_components = ["vae"]  # noqa: RUF012 - diffusers declares it a list
+    _callback_tensor_inputs = ("latents",)
+
+    model: JanusFlowForConditionalGeneration
+    processor: JanusFlowProcessor
+    vae: AutoencoderKL | None
+
+    def __init__(
+        self,
+        model: JanusFlowForConditionalGeneration,
+        processor: JanusFlowProcessor,
+        vae: AutoencoderKL | None = None,
+    ) -> None:
+        super().__init__()
+        _check_processor(processor, model)
+        if vae is not None and "flow" in model.generation_heads:
+            check_fit(vae, model.flow_config)
+        self.register_modules(
+            model=model, processor=processor, vae=None if vae is None else without_float16(vae)
+        )
+        self._interrupt = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        where: str | os.PathLike[str],
+        *,
+        vae: str | os.PathLike[str] | AutoencoderKL | None = "default",
+        torch_dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        **hub: Any,
+    ) -> JanusFlowPipeline:
+        """Loads a pipeline, and logs one line of what it found (logger `janusflow.pipeline`).
+
+        Args:
+            where: A folder or hub id in any known layout, or "tiny" for the bundled model.
+            vae: A folder, a hub id or an `AutoencoderKL`; None for latents without pictures;
+                "default" for the folder's own, or `stabilityai/sdxl-vae` from the hub for the
+                published layouts, which bring none.
+            torch_dtype: Of the weights, float32 when not given. The autoencoder stays in float32
+                where this is float16, with a warning.
+            device: Where to put it; the CPU when not given.
+            **hub: `revision`, `cache_dir`, `token`, `local_files_only`, of the model's repository.
+
+        Raises:
+            CheckpointError: If something is missing, damaged, of another layout or out of reach.
+            TypeError: If an argument is unknown.
+        """
+        from janusflow.models.checkpoints import identify_layout, resolve_model_folder
+
+        unknown = set(hub) - {"revision", "cache_dir", "token", "local_files_only"}
+        if unknown:
+            raise TypeError(f"from_pretrained() got unexpected arguments: {', '.join(unknown)}")
+        dtype = torch.float32 if torch_dtype is None else torch_dtype
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise SettingsError(f"torch_dtype must be such as torch.bfloat16, got {torch_dtype!r}")
+        folder = resolve_model_folder(where, **hub)
+        layout = identify_layout(folder)
+        model = JanusFlowForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        inner = folder / "processor"
+        processor = JanusFlowProcessor.from_pretrained(inner if inner.is_dir() else folder)
+        source = vae
+        if isinstance(vae, str) and vae == "default":
+            hub.pop("revision", None)  # that of another repository
+            if (folder / "vae").is_dir():
+                source = folder / "vae"
+            elif (folder / cls.config_name).is_file() or "flow" not in model.generation_heads:
+                source = None  # saved without one, or nothing to decode
+            else:
+                source = SDXL_VAE
+        if isinstance(source, str | os.PathLike):
+            found: AutoencoderKL | None = load_autoencoder(source, dtype=dtype, **hub)
+        else:
+            found = source
+        pipe = cls(model, processor, found)
+        if device is not None:
+            pipe.to(device)
+        logger.info(
+            "pipeline of %s (%s layout): heads %s, %s on %s, autoencoder %s",
+            where,
+            layout,
+            ", ".join(model.generation_heads) or "none",
+            str(dtype).removeprefix("torch."),
+            pipe.device,
+            "as given" if isinstance(source, AutoencoderKL) else source,
+        )
+        return pipe
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a call is to end; a callback or another thread sets it.
+
+        The call ends before its next step and returns what it has: latents as far as they came,
+        decoded as they are. Every call begins by setting it to False.
+        """
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = value
+
+    @property
+    def _context(self) -> int:
+        """The most tokens of a sequence."""
+        text_config: Any = self.model.config.text_config
+        return text_config.max_position_embeddings
+
+    # Pictures
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        head: str = "flow",
+        num_inference_steps: int = 30,
+        guidance_scale: float = 2.0,
+        solver: str = "euler",
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: OutputType = "pil",
+        callback_on_step_end: StepEndCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        batch_size: int | None = None,
+    ) -> JanusFlowOutput:
+        """Draws pictures.
+
+        An image depends on its prompt, its noise and the settings, and on nothing else. Image i of
+        all images, prompt by prompt, has the noise of seed `seed + i`, from a CPU generator of its
+        own.
+
+        Args:
+            prompt: One text or several; "" draws without a condition.
+            head: The generation head, one of `model.generation_heads`.
+            num_inference_steps: Intervals of the time grid.
+            guidance_scale: Weight of classifier-free guidance; 1.0 = off, at half the cost.
+            solver: A name in `janusflow.flow.solvers.SOLVERS`.
+            num_images_per_prompt: n.
+            height: In pixels, a multiple of latent cell times patch; the trained size when not
+                given.
+            width: As `height`.
+            seed: Of the first image; drawn when not given. `seeds` of the output has them all.
+            generator: Instead of a seed: CPU generators, one for each image, or a single one that
+                the images draw from one after another.
+            latents: Instead of both: the noise `x_0` of all images, (P · n, C, H/8, W/8); float64
+                noise is integrated in float64, all other in float32.
+            output_type: "pil", "pt", "np" or "latent".
+            callback_on_step_end: See `StepEndCallback`; latents in the dict that it returns replace
+                those of the step. With `batch_size` it sees one batch after the other.
+            callback_on_step_end_tensor_inputs: What its dict holds; there is "latents" only.
+            batch_size: Images that the model computes at once, all when not given. A prompt is run
+                through the language model once for each batch that it has images in.
+
+        Raises:
+            PromptError: If there is no prompt, one is no text, or one exceeds the context.
+            SettingsError: If a setting is unknown or out of range.
+        """
+        request = self._check_inputs(
+            prompt,
+            head=head,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            solver=solver,
+            num_images_per_prompt=num_images_per_prompt,
+            height=height,
+            width=width,
+            seed=seed,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            batch_size=batch_size,
+        )
+        self._interrupt = False
+        _load_to_accelerator(self.model)
+        x = request.noise.to(self._execution_device)
+        parts, most = [], 0
+        batches = range(0, len(x), request.batch_size)
+        with self.progress_bar(total=len(batches) * num_inference_steps) as bar:
+            for start in batches:
+                part, evaluations = self._draw(
+                    request, x[start : start + request.batch_size], start, solver=solver,
+                    callback=callback_on_step_end, inputs=callback_on_step_end_tensor_inputs,
+                    tick=bar.update,
+                )  # fmt: skip
+                parts.append(part)
+                most = max(most, evaluations)
+        drawn = torch.cat(parts)
+        images = self._to_images(drawn, output_type)
+        self.maybe_free_model_hooks()
+        rows = 1 if request.guidance_scale == 1.0 else 2
+        return JanusFlowOutput(images, drawn, most, most * rows, request.seeds)
+
+    def _draw(
+        self,
+        request: _Request,
+        x_0: Tensor,
+        start: int,
+        *,
+        solver: str,
+        callback: StepEndCallback | None,
+        inputs: Sequence[str],
+        tick: Callable[[], object],
+    ) -> tuple[Tensor, int]:
+        """Latents of the images from `start` on, whose noise is x_0, and the evaluations made."""
+        if self._interrupt:
+            return x_0, 0
+        owners = torch.arange(start, start + len(x_0)) // request.images_per_prompt
+        first, last = int(owners[0]), int(owners[-1]) + 1
+        input_ids, mask = request.input_ids[first:last], request.attention_mask[first:last]
+        longest = int(mask.sum(1).max())
+        input_ids, mask = (v[:, -longest:].to(x_0.device) for v in (input_ids, mask))
+        prefix = self.model.encode_prompt(input_ids, mask)
+        free = None
+        if request.guidance_scale != 1.0:
+            free = self.model.encode_unconditional(input_ids, mask)
+        field = self.model.guided_field(
+            prefix.select((owners - first).to(x_0.device)), free, request.guidance_scale
+        )
+        evaluations, reached = 0, x_0
+
+        def counted(x: Tensor, t: Tensor) -> Tensor:
+            nonlocal evaluations
+            evaluations += 1
+            return field(x, t)
+
+        def on_step(step: int, t: Tensor, x: Tensor) -> Tensor:
+            nonlocal reached
+            reached = x
+            if callback is not None:
+                held = dict.fromkeys(inputs, x)
+                changed = callback(self, step, float(t), held) or {}
+                reached = _fitting(changed.get("latents", x), x)
+            tick()
+            if self._interrupt:
+                raise SolveStopped
+            return reached
+
+        with contextlib.suppress(SolveStopped):  # `reached` is what a whole run ends in, too
+            solve(counted, x_0, request.times, solver=solver, on_step=on_step)
+        return reached, evaluations
+
+    def _check_inputs(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        head: str,
+        num_inference_steps: int,
+        guidance_scale: float,
+        solver: str,
+        num_images_per_prompt: int,
+        height: int | None,
+        width: int | None,
+        seed: int | None,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        latents: Tensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        batch_size: int | None,
+    ) -> _Request:
+        """All checks of a call, before anything is computed."""
+        self.model.require_head(head)
+        config = self.model.flow_config
+        times = time_grid(num_inference_steps)
+        scale = check_guidance_scale(guidance_scale)
+        make_solver(solver)
+        _check_count("num_images_per_prompt", num_images_per_prompt)
+        if batch_size is not None:
+            _check_count("batch_size", batch_size)
+        if output_type not in OUTPUT_TYPES:
+            raise SettingsError(
+                f"output_type is {output_type!r}; expected one of {', '.join(OUTPUT_TYPES)}"
+            )
+        if self.vae is None and output_type != "latent":
+            raise SettingsError(
+                f"output_type {output_type!r} needs an autoencoder and this pipeline has none: "
+                'pass output_type="latent", or load it with vae=FOLDER'
+            )
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise SettingsError(
+                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; known: "
+                f"{', '.join(self._callback_tensor_inputs)}"
+            )
+        cell = config.vae_scale_factor * config.patch_size
+        for name, side in (("height", height), ("width", width)):
+            if side is not None:
+                _check_count(name, side)
+                if side % cell:
+                    raise SettingsError(f"{name} must be a multiple of {cell} pixels, got {side}")
+        rows = (height or config.image_size) // config.vae_scale_factor
+        columns = (width or config.image_size) // config.vae_scale_factor
+        num_tokens = rows * columns // config.patch_size**2
+        room = self._context - num_tokens
+        if room < 2:
+            raise SettingsError(
+                f"a picture of {num_tokens} tokens leaves no room for a prompt in the context of "
+                f"{room + num_tokens}; draw a smaller one"
+            )
+        input_ids, mask = self.processor.generation_prompts(
+            [prompt] if isinstance(prompt, str) else prompt, tag="flow", max_length=room
+        )
+        total = len(input_ids) * num_images_per_prompt
+        shape = (config.latent_channels, rows, columns)
+        noise, seeds = image_noise(total, shape, seed=seed, generator=generator, latents=latents)
+        return _Request(
+            input_ids,
+            mask,
+            noise,
+            seeds,
+            times,
+            scale,
+            num_images_per_prompt,
+            min(batch_size or total, total),
+        )
+
+    def _to_images(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent" or self.vae is None:
+            return latents
+        pixels = decode(without_float16(self.vae), latents) / 2 + 0.5
+        if output_type == "pt":
+            return pixels
+        channels_last = pixels.permute(0, 2, 3, 1)
+        if output_type == "np":
+            return channels_last.numpy()
+        return [Image.fromarray(one) for one in (255 * channels_last).round().byte().numpy()]
+
+    # Answers
+
+    @torch.no_grad()
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        images: Any = None,
+        system_prompt: str | None = None,
+        max_new_tokens: int = 64,
+        do_sample: bool = False,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stream: bool = False,
+        **generate_options: Any,
+    ) -> Any:
+        """Answers the last message of one conversation, or of each of several.
+
+        Args:
+            messages: HF style or published style (see `janusflow.processing.conversations`).
+            images: Pictures beside the conversations instead of in them.
+            system_prompt: For conversations without one; None takes the model's, "" takes none.
+            max_new_tokens: The most tokens of an answer; fewer where the context ends before.
+            do_sample: Draw tokens instead of taking the likeliest.
+            temperature: Divides the logits, for do_sample.
+            top_p: Keeps the likeliest tokens up to this probability, for do_sample.
+            top_k: Keeps so many tokens, for do_sample.
+            seed: Of the first conversation's draws, the next one's is one higher; drawn when not
+                given. No global random state is read or changed, and an answer does not depend on
+                its neighbours.
+            stream: Give an iterator over pieces of the answer, for one conversation. Leaving it
+                stops the generation.
+            **generate_options: Others of transformers' `GenerationConfig`, such as
+                `repetition_penalty` or `num_beams`.
+
+        Returns:
+            A text, a list of texts, or an iterator of text.
+
+        Raises:
+            PromptError: If a conversation is not understood or exceeds the context.
+            ImageError: If a picture cannot be read.
+            SettingsError: If an option is unknown or out of range.
+        """
+        _check_count("max_new_tokens", max_new_tokens)
+        sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        for name in set(generate_options) & set(SAMPLING_OPTIONS):
+            sampling[name] = generate_options.pop(name)
+        _check_generate_options(generate_options)
+        limit = self._context
+        inputs = self.processor(messages, images, system_prompt, max_length=limit - 1)
+        num_rows, length = inputs["input_ids"].shape
+        single = isinstance(messages[0], Mapping)
+        if stream and num_rows != 1:
+            raise SettingsError(f"stream=True takes one conversation, got {num_rows}")
+        processors = None
+        if do_sample:
+            if generate_options.get("num_beams", 1) != 1:
+                raise SettingsError("num_beams and do_sample=True do not go together; drop one")
+            first = first_seed(seed, num_rows)
+            generators = [torch.Generator().manual_seed(first + i) for i in range(num_rows)]
+            processors = sampling_processors(sampling, generators)
+        elif idle := [name for name, value in sampling.items() if value is not None]:
+            logger.warning("without do_sample=True, %s has no effect", ", ".join(sorted(idle)))
+        config = GenerationConfig(
+            max_new_tokens=min(max_new_tokens, limit - length),
+            bos_token_id=self.processor.bos_token_id,
+            eos_token_id=self.processor.eos_token_id,
+            pad_token_id=self.processor.pad_token_id,
+            do_sample=False,
+            **generate_options,
+        )
+
+        def generate(**extra: Any) -> Tensor:
+            _load_to_accelerator(self.model)
+            on_device = {name: v.to(self._execution_device) for name, v in inputs.items()}
+            return self.model.generate(
+                **on_device, generation_config=config, logits_processor=processors, **extra
+            )
+
+        if stream:
+            return stream_text(generate, self.processor.tokenizer)
+        ids = generate()[:, length:]
+        answers = [text.strip() for text in self.processor.batch_decode(ids.cpu())]
+        self.maybe_free_model_hooks()
+        return answers[0] if single else answers
+
+
+def _check_processor(
+    processor: JanusFlowProcessor, model: JanusFlowForConditionalGeneration
+) -> None:
+    config: Any = model.config
+    size = processor.image_processor.image_size
+    expected = (size // config.vision_config.patch_size) ** 2
+    if processor.num_image_tokens != expected:
+        raise CheckpointError(
+            f"the processor gives a picture {processor.num_image_tokens} tokens, but the model "
+            f"makes {expected} of {size} px; they do not belong together"
+        )
+    if config.image_token_id not in (None, processor.image_token_id):
+        raise CheckpointError(
+            f"image_token_id is {config.image_token_id} in the model and "
+            f"{processor.image_token_id} in the processor; they do not belong together"
+        )
+
+
+def _load_to_accelerator(module: torch.nn.Module) -> None:
+    """Wakes a module that `enable_model_cpu_offload` sent away.
+
+    Its hook waits for `forward`, but a picture is drawn through the module's other methods.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SettingsError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _check_generate_options(options: Mapping[str, Any]) -> None:
+    known = set(vars(GenerationConfig()))
+    for name in options:
+        if name not in known or name.startswith("_"):
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise SettingsError(f"unknown option {name!r} of chat(){hint}")
+
+
+def _fitting(latents: Any, like: Tensor) -> Tensor:
+    """Latents that a callback gave, in the state's dtype and place."""
+    if not isinstance(latents, Tensor) or latents.shape != like.shape:
+        raise SettingsError(
+            f"callback_on_step_end gave latents of another shape than {tuple(like.shape)}; return "
+            "them as they came, or none"
+        )
+    return latents.to(like)

@@ -1,0 +1,286 @@
+"""Joint training of drawing (flow head) and looking on the shapes world: the bundled model.
+
+Each step takes captions with latents of pictures, and pictures with questions, in one sum of
+losses `L_RF + L_AR` (arXiv 2411.07975). Latents are made once by the frozen autoencoder and kept
+on disk. Axes: B batch, C latent channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from janusflow.data.shapes.batches import ShapesBatches, picture_scene
+from janusflow.data.shapes.scene import draw
+from janusflow.data.shapes.tokenizer import write_tokenizer
+from janusflow.errors import SettingsError
+from janusflow.files import atomic_folder, atomic_path
+from janusflow.flow.path import interpolate
+from janusflow.flow.timesteps import logit_normal, uniform
+from janusflow.models.configuration import JanusFlowConfig
+from janusflow.models.modeling import JanusFlowForConditionalGeneration
+from janusflow.processing.images import JanusFlowImageProcessor
+from janusflow.processing.processor import JanusFlowProcessor
+from janusflow.processing.prompts import PromptFormat
+from janusflow.processing.tokenizer import load_tokenizer
+from janusflow.training.autoencoder import to_pixels
+from janusflow.training.loop import LoopSettings, Objective
+from janusflow.training.losses import next_token_loss, rectified_flow_loss
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of the model that is trained from nothing."""
+
+    image_size: int = 64
+    vocab_size: int = 512
+    language_width: int = 256
+    language_layers: int = 6
+    language_heads: int = 4
+    language_mlp: int = 704
+    max_positions: int = 2048
+    vision_width: int = 128
+    vision_layers: int = 4
+    vision_heads: int = 4
+    vision_patch: int = 8
+    adapter_width: int = 128
+    adapter_kernel: int = 7
+
+
+@dataclass(frozen=True)
+class DrawingSettings:
+    """What the flow head learns from."""
+
+    num_pictures: int = 80_000
+    batch_size: int = 64
+    """Captions a step."""
+    noises_per_picture: int = 3
+    """Points of the path that a picture is trained at in a step; they share the caption's tokens."""
+    prompt_length: int = 28
+    """Tokens a prompt is padded to."""
+    condition_dropout_prob: float = 0.1
+    timesteps: str = "logit-normal"
+    """Density of t: "logit-normal" or "uniform"."""
+    loss_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.timesteps not in ("logit-normal", "uniform"):
+            raise SettingsError(
+                f"drawing.timesteps is 'logit-normal' or 'uniform', not {self.timesteps!r}"
+            )
+
+
+@dataclass(frozen=True)
+class LookingSettings:
+    """What the understanding path learns from."""
+
+    batch_size: int = 16
+    conversation_length: int = 160
+    """Tokens a conversation is padded to; it holds as many questions as fit."""
+    loss_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class PreviewSettings:
+    """How progress is measured on held-out prompts and questions."""
+
+    num: int = 48
+    num_inference_steps: int = 20
+    guidance_scale: float = 2.0
+
+
+@dataclass(frozen=True)
+class JointSettings:
+    """A joint run."""
+
+    task: str = "joint"
+    output_dir: str = "runs/joint"
+    autoencoder: str = "runs/autoencoder/final"
+    """Folder of the frozen autoencoder."""
+    model: ModelSizes = field(default_factory=ModelSizes)
+    drawing: DrawingSettings = field(default_factory=DrawingSettings)
+    looking: LookingSettings = field(default_factory=LookingSettings)
+    preview: PreviewSettings = field(default_factory=PreviewSettings)
+    loop: LoopSettings = field(default_factory=LoopSettings)
+
+
+class JointObjective(Objective):
+    """The model with the losses of drawing and looking."""
+
+    def __init__(self, settings: JointSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        if not (Path(settings.autoencoder) / "config.json").is_file():
+            raise SettingsError(
+                f"no autoencoder in {settings.autoencoder}; train it first with "
+                "`janusflow train configs/train/tiny/autoencoder.yaml`, or set --autoencoder"
+            )
+        folder = Path(settings.output_dir)
+        vae = AutoencoderKL.from_pretrained(settings.autoencoder).eval().requires_grad_(False)
+        self._frozen = {"vae": vae}  # in a dict: no part of what is trained and saved
+        self.processor = _processor(folder / "tokenizer", settings.model)
+        config = _model_config(settings.model, vae, self.processor)
+        torch.manual_seed(settings.loop.seed)
+        self.model = JanusFlowForConditionalGeneration(config)
+        self.batches = ShapesBatches(self.processor, settings.loop.seed)
+        self.latents = _latents(folder / "latents.safetensors", vae, settings)
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        """The frozen autoencoder."""
+        return self._frozen["vae"]
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """Captions, latents, noise and times; conversations and pixels."""
+        drawing, looking = self.settings.drawing, self.settings.looking
+        seed = self.settings.loop.seed
+        indices = np.random.default_rng([seed, 4, step]).integers(
+            drawing.num_pictures, size=drawing.batch_size
+        )
+        ids, mask = self.batches.captions(
+            indices, step, drawing.prompt_length, drawing.condition_dropout_prob
+        )
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        x_1 = self.latents[torch.from_numpy(indices)].float()
+        x_1 = x_1.repeat_interleave(drawing.noises_per_picture, dim=0)
+        density = logit_normal if drawing.timesteps == "logit-normal" else uniform
+        conversations = self.batches.conversations(
+            looking.batch_size, step, looking.conversation_length
+        )
+        return {
+            "prompt_ids": ids,
+            "prompt_mask": mask,
+            "x_0": torch.randn(x_1.shape, generator=generator),
+            "x_1": x_1,
+            "t": density(len(x_1), generator=generator),
+            "conversation_ids": conversations.input_ids,
+            "labels": conversations.labels,
+            "pixel_values": conversations.pixel_values,
+        }
+
+    def forward(  # type: ignore[override]
+        self,
+        *,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        x_0: Tensor,
+        x_1: Tensor,
+        t: Tensor,
+        conversation_ids: Tensor,
+        labels: Tensor,
+        pixel_values: Tensor,
+    ) -> dict[str, Tensor]:
+        """Flow loss of drawing and next-token loss of looking."""
+        velocity = self.model.flow_forward(prompt_ids, prompt_mask, interpolate(x_0, x_1, t), t)
+        logits = self.model(input_ids=conversation_ids, pixel_values=pixel_values).logits
+        return {
+            "flow": self.settings.drawing.loss_weight * rectified_flow_loss(velocity, x_0, x_1),
+            "answer": self.settings.looking.loss_weight * next_token_loss(logits, labels),
+        }
+
+    def _pipeline(self):  # noqa: ANN202 - the pipeline is imported late
+        from janusflow.pipeline import JanusFlowPipeline
+
+        return JanusFlowPipeline(model=self.model, vae=self.vae, processor=self.processor)
+
+    def preview(self, step: int, folder: Path) -> dict[str, float]:
+        """Scores on held-out prompts and questions, and a sheet of pictures."""
+        from janusflow.evaluation.shapes import score_answers, score_pictures
+
+        settings = self.settings.preview
+        pipe = self._pipeline()
+        pictures = score_pictures(
+            pipe,
+            num=settings.num,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            sheet=folder / "preview.png",
+        )
+        answers = score_answers(pipe, num=settings.num)
+        return {"shapes": pictures["overall"], "shapes_vqa": answers["overall"]}
+
+    def export(self, folder: Path) -> None:
+        """Saves the whole pipeline in bfloat16."""
+        with atomic_folder(folder) as scratch:
+            self._pipeline().to(torch.bfloat16).save_pretrained(scratch)
+        self.model.float()
+
+
+def _processor(folder: Path, sizes: ModelSizes) -> JanusFlowProcessor:
+    if not (folder / "tokenizer.json").is_file():
+        write_tokenizer(folder, sizes.vocab_size)
+    images = JanusFlowImageProcessor(
+        image_size=sizes.image_size, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return JanusFlowProcessor(
+        images,
+        load_tokenizer(folder),
+        num_image_tokens=(sizes.image_size // sizes.vision_patch) ** 2,
+        prompt_format=PromptFormat(system_prompt=""),
+    )
+
+
+def _model_config(
+    sizes: ModelSizes, vae: AutoencoderKL, processor: JanusFlowProcessor
+) -> JanusFlowConfig:
+    return JanusFlowConfig(
+        text_config={
+            "vocab_size": sizes.vocab_size,
+            "hidden_size": sizes.language_width,
+            "intermediate_size": sizes.language_mlp,
+            "num_hidden_layers": sizes.language_layers,
+            "num_attention_heads": sizes.language_heads,
+            "num_key_value_heads": sizes.language_heads,
+            "max_position_embeddings": sizes.max_positions,
+            "bos_token_id": processor.bos_token_id,
+            "eos_token_id": processor.eos_token_id,
+            "pad_token_id": processor.pad_token_id,
+        },
+        vision_config={
+            "image_size": sizes.image_size,
+            "patch_size": sizes.vision_patch,
+            "hidden_size": sizes.vision_width,
+            "num_hidden_layers": sizes.vision_layers,
+            "num_attention_heads": sizes.vision_heads,
+            "num_image_tokens": processor.num_image_tokens,
+        },
+        flow_config={
+            "image_size": sizes.image_size,
+            "vae_scale_factor": 2 ** (len(vae.config.block_out_channels) - 1),
+            "latent_channels": vae.config.latent_channels,
+            "hidden_size": sizes.adapter_width,
+            "time_frequencies": sizes.adapter_width,
+            "kernel_size": sizes.adapter_kernel,
+        },
+        image_token_id=processor.image_token_id,
+        pad_token_id=processor.pad_token_id,
+    )
+
+
+@torch.no_grad()
+def _latents(path: Path, vae: AutoencoderKL, settings: JointSettings) -> Tensor:
+    """Scaled latents of all pictures, float16 (pictures, C, H/8, W/8), made once."""
+    num, size = settings.drawing.num_pictures, settings.model.image_size
+    if path.is_file():
+        latents = load_file(path)["latents"]
+        if len(latents) == num:
+            return latents
+    parts = []
+    for start in range(0, num, 256):
+        rows = range(start, min(start + 256, num))
+        scenes = [picture_scene(settings.loop.seed, index) for index in rows]
+        pixels = to_pixels([draw(scene, size) for scene in scenes])
+        with torch.autocast(vae.device.type, torch.bfloat16):
+            mean = vae.encode(pixels.to(vae.device)).latent_dist.mean
+        parts.append((mean.float() * vae.config.scaling_factor).half().cpu())
+    latents = torch.cat(parts).contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as scratch:
+        save_file({"latents": latents}, scratch)
+    return latents

@@ -1,0 +1,184 @@
+"""The first trainer: settings are strict, resuming is exact, losses are what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from janusflow.errors import SettingsError
+from janusflow.settings import fill, overrides_from_arguments, read_yaml
+from janusflow.training.autoencoder import AutoencoderSettings
+from janusflow.training.ema import EMA
+from janusflow.training.loop import LoopSettings, Objective, train
+from janusflow.training.losses import next_token_loss, rectified_flow_loss
+from janusflow.training.optimizers import OptimizerSettings, build_optimizers, rate_factor
+from janusflow.training.run import run
+
+
+class Regression(Objective):
+    """A small network that learns a fixed map from batches drawn by step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    def batch(self, step):
+        generator = torch.Generator().manual_seed(step)
+        return {"x": torch.randn(16, 4, generator=generator)}
+
+    def forward(self, *, x):
+        return {"squared": (self.net(x) - x[:, :2].sin()).square().mean()}
+
+    def export(self, folder):
+        folder.mkdir()
+        torch.save({}, folder / "marker")
+
+
+def loop(**changes) -> LoopSettings:
+    values = {"steps": 12, "precision": "no", "log_every": 1, "save_every": 4, **changes}
+    return LoopSettings(**values)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, optimizer):
+    settings = OptimizerSettings(name=optimizer, learning_rate=1e-2, warmup_steps=3)
+    train(Regression(), loop(optimizer=settings), tmp_path / "whole")
+
+    stopped = Regression()
+    calls = 0
+    draw = stopped.batch
+
+    def batch(step):
+        nonlocal calls
+        calls += 1
+        if calls == 7:
+            raise KeyboardInterrupt  # in the middle of a save interval
+        return draw(step)
+
+    stopped.batch = batch
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, loop(optimizer=settings), tmp_path / "parts")
+    resumed = Regression()
+    with torch.no_grad():
+        resumed.net[0].weight.zero_()  # whatever it starts from, the checkpoint counts
+    assert train(resumed, loop(optimizer=settings), tmp_path / "parts")
+
+    for name in ("model", "ema"):
+        file = f"step-0000012/{name}.safetensors"
+        one, other = (load_file(tmp_path / run / file) for run in ("whole", "parts"))
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    curves = [
+        {
+            record["step"]: record["squared"]
+            for record in map(json.loads, (tmp_path / run / "log.jsonl").read_text().splitlines())
+        }
+        for run in ("whole", "parts")
+    ]
+    assert curves[0] == curves[1] and len(curves[0]) == 12
+
+
+def test_training_learns_and_keeps_the_last_two_checkpoints(tmp_path):
+    settings = loop(steps=200, save_every=40, optimizer=OptimizerSettings(learning_rate=1e-2))
+    assert train(Regression(), settings, tmp_path)
+    losses = [json.loads(line)["squared"] for line in (tmp_path / "log.jsonl").open()]
+    assert losses[-1] < 0.3 * losses[0]
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-0000160", "step-0000200"]
+    assert (tmp_path / "final").is_dir()
+
+
+def test_a_time_limit_ends_a_run_that_can_go_on(tmp_path):
+    assert not train(Regression(), loop(max_minutes=1e-9), tmp_path)
+    assert not (tmp_path / "final").exists()
+    assert train(Regression(), loop(), tmp_path)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    broken = Regression()
+    broken.forward = lambda *, x: {"squared": broken.net(x).sum() * math.nan}
+    with pytest.raises(FloatingPointError, match="step 1"):
+        train(broken, loop(), tmp_path)
+
+
+def test_the_average_follows_its_formula_and_lends_itself_only():
+    model = nn.Linear(2, 2)
+    ema = EMA(model, decay=0.9)
+    start = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    ema.update(model)
+    decay = 2 / 11  # (1 + n) / (10 + n) at the first update
+    expected = decay * start + (1 - decay) * (start + 1)
+    torch.testing.assert_close(ema.averages["weight"], expected)
+    with ema.applied(model):
+        torch.testing.assert_close(model.weight.detach(), expected)
+    torch.testing.assert_close(model.weight.detach(), start + 1)
+
+
+def test_the_rate_rises_holds_and_falls():
+    settings = OptimizerSettings(warmup_steps=10, decay_fraction=0.2)
+    factors = [rate_factor(step, 100, settings) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == factors[79] == 1.0
+    assert factors[90] == pytest.approx(0.5) and factors[99] == pytest.approx(0.05)
+    assert {rate_factor(step, 100, OptimizerSettings()) for step in range(100)} == {1.0}
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest():
+    objective = Regression()
+    objective.embed_tokens = nn.Embedding(3, 4)
+    muon, adamw = build_optimizers(objective, OptimizerSettings(name="muon"))
+    shapes = [tuple(p.shape) for p in muon.param_groups[0]["params"]]
+    assert shapes == [(8, 4), (2, 8)]
+    assert (3, 4) in [tuple(p.shape) for p in adamw.param_groups[0]["params"]]
+
+
+def test_the_flow_loss_is_the_squared_distance_to_image_minus_noise():
+    x_0, x_1 = torch.zeros(2, 4, 2, 2), torch.ones(2, 4, 2, 2)
+    assert rectified_flow_loss(x_1 - x_0, x_0, x_1) == 0
+    assert rectified_flow_loss(x_0, x_0, x_1) == 1
+    assert rectified_flow_loss(3 * x_1, x_0, x_1) == 4
+
+
+def test_the_answer_loss_is_taken_of_the_next_token_where_labelled():
+    logits = torch.zeros(1, 3, 4)
+    logits[0, 1, 2] = math.log(5)
+    labels = torch.tensor([[-100, -100, 2]])
+    assert next_token_loss(logits, labels).item() == pytest.approx(-math.log(5 / 8))
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest_one():
+    with pytest.raises(SettingsError, match=r"'loop.stepss'; did you mean 'loop.steps'"):
+        fill(AutoencoderSettings, {"loop": {"stepss": 3}})
+    with pytest.raises(SettingsError, match="'batchsize'; did you mean 'batch_size'"):
+        fill(AutoencoderSettings, {}, ["batchsize=3"])
+
+
+def test_a_value_of_the_wrong_kind_is_refused():
+    with pytest.raises(SettingsError, match="many"):
+        fill(AutoencoderSettings, {"batch_size": "many"})
+    with pytest.raises(SettingsError, match=r"optimizer.name is 'adamw' or 'muon', not 'sgd'"):
+        fill(AutoencoderSettings, {"loop": {"optimizer": {"name": "sgd"}}})
+
+
+def test_overrides_are_read_from_the_command_line():
+    assert overrides_from_arguments(["--loop.save-every", "5", "--seed=1"]) == [
+        "loop.save_every=5",
+        "seed=1",
+    ]
+    for wrong in (["5"], ["--seed"]):
+        with pytest.raises(SettingsError):
+            overrides_from_arguments(wrong)
+
+
+@pytest.mark.parametrize("content", [None, "- 1\n", "a: [", "task: dance\n"])
+def test_a_config_that_is_none_is_refused(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SettingsError, match=str(path)):
+        read_yaml(path) if content != "task: dance\n" else run(path)
