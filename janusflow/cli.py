@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold what a terminal cannot show
     notes = _NoteKeeper()
     logging.getLogger("janusflow").addHandler(notes)
     try:

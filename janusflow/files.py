@@ -27,8 +27,8 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         yield Path(name)
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp makes files private
-        os.replace(name, target)
+        Path(name).chmod(0o666 & ~mask)  # mkstemp makes files private
+        Path(name).replace(target)
     finally:
         Path(name).unlink(missing_ok=True)
 
@@ -47,8 +47,8 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         fresh.mkdir()
         yield fresh
         if target.exists():
-            os.replace(target, old)
-        os.replace(fresh, target)
+            target.replace(old)
+        fresh.replace(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

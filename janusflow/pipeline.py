@@ -44,6 +44,9 @@ OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 StepEndCallback = Callable[["JanusFlowPipeline", int, float, dict[str, Tensor]], "dict | None"]
 """`callback(pipe, step, t, {"latents": …})` after every step, t the time that was reached."""
 
+# Of `GenerationConfig`, but said otherwise here, or changing what `generate` returns.
+_NOT_OF_CHAT = {"max_length", "num_return_sequences", "return_dict_in_generate"}
+
 logger = logging.getLogger(__name__)
 
 
@@ -495,27 +498,34 @@ class JanusFlowPipeline(DiffusionPipeline):
             processors = sampling_processors(sampling, generators)
         elif idle := [name for name, value in sampling.items() if value is not None]:
             logger.warning("without do_sample=True, %s has no effect", ", ".join(sorted(idle)))
-        config = GenerationConfig(
-            max_new_tokens=min(max_new_tokens, limit - length),
-            bos_token_id=self.processor.bos_token_id,
-            eos_token_id=self.processor.eos_token_id,
-            pad_token_id=self.processor.pad_token_id,
-            do_sample=False,
-            **generate_options,
-        )
+        ids_by_name = {
+            name: getattr(self.processor, name)
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
 
         def generate(**extra: Any) -> Tensor:
             _load_to_accelerator(self.model)
             on_device = {name: v.to(self._execution_device) for name, v in inputs.items()}
-            return self.model.generate(
-                **on_device, generation_config=config, logits_processor=processors, **extra
-            )
+            try:
+                config = GenerationConfig(
+                    max_new_tokens=min(max_new_tokens, limit - length),
+                    do_sample=False,
+                    **{**ids_by_name, **generate_options},
+                )
+                return self.model.generate(
+                    **on_device, generation_config=config, logits_processor=processors, **extra
+                )
+            except ValueError as error:
+                if not generate_options:
+                    raise
+                raise SettingsError(f"{generate_options} cannot be had: {error}") from error
+            finally:
+                self.maybe_free_model_hooks()
 
         if stream:
             return stream_text(generate, self.processor.tokenizer)
-        ids = generate()[:, length:]
-        answers = [text.strip() for text in self.processor.batch_decode(ids.cpu())]
-        self.maybe_free_model_hooks()
+        ids = generate()[:, length:].cpu()
+        answers = [text.strip() for text in self.processor.batch_decode(ids)]
         return answers[0] if single else answers
 
 
@@ -553,7 +563,7 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def _check_generate_options(options: Mapping[str, Any]) -> None:
-    known = set(vars(GenerationConfig()))
+    known = set(vars(GenerationConfig())) - _NOT_OF_CHAT
     for name in options:
         if name not in known or name.startswith("_"):
             near = difflib.get_close_matches(name, known, n=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -329,6 +330,22 @@ def test_a_pipeline_without_an_autoencoder_gives_latents_and_says_so(
     assert JanusFlowPipeline.from_pretrained(saved, vae=pipe.vae).vae is pipe.vae
 
 
+def test_a_folder_in_the_published_layout_draws_and_answers_the_same(
+    pipe: JanusFlowPipeline, saved: Path, tmp_path: Path
+) -> None:
+    from janusflow.models.checkpoints import convert
+
+    folder = tmp_path / "published"
+    convert(saved, folder, to="published")
+    again = JanusFlowPipeline.from_pretrained(folder, vae=saved / "vae")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(again, seed=0).latents, draw(pipe, seed=0).latents)
+    assert again.chat(question()) == pipe.chat(question())
+    shutil.rmtree(folder / "vae", ignore_errors=True)
+    with pytest.raises(CheckpointError, match=r"stabilityai/sdxl-vae.*vae=FOLDER"):
+        JanusFlowPipeline.from_pretrained(folder)  # the tests have no network
+
+
 def test_weights_are_loaded_in_the_dtype_that_is_asked_for(saved: Path) -> None:
     half = JanusFlowPipeline.from_pretrained(saved, torch_dtype=torch.bfloat16, device="cpu")
     half.set_progress_bar_config(disable=True)
@@ -553,6 +570,12 @@ def test_an_option_without_effect_is_warned_of(
     assert "temperature has no effect" in caplog.text
 
 
+def test_other_options_of_generate_are_handed_on(pipe: JanusFlowPipeline) -> None:
+    free = pipe.chat(question(), max_new_tokens=24)
+    assert pipe.chat(question(), max_new_tokens=24, no_repeat_ngram_size=1) != free
+    assert pipe.chat(question(), max_new_tokens=24, num_beams=3) != free
+
+
 def test_a_streamed_answer_comes_in_pieces_and_is_the_whole_answer(pipe: JanusFlowPipeline) -> None:
     for options in ({}, {"do_sample": True, "seed": 4}):
         pieces = list(pipe.chat(question(), max_new_tokens=40, stream=True, **options))
@@ -613,6 +636,8 @@ def test_an_answer_ends_where_the_context_does(pipe: JanusFlowPipeline) -> None:
         ([{"role": "user", "content": "word " * 300}], {}, PromptError, "shorten"),
         (question(), {"max_new_tokens": 0}, SettingsError, "max_new_tokens"),
         (question(), {"repetition_penality": 1.1}, SettingsError, "repetition_penalty"),
+        (question(), {"num_return_sequences": 2}, SettingsError, "num_return_sequences"),
+        (question(), {"repetition_penalty": -1.0}, SettingsError, "repetition_penalty"),
         (question(), {"do_sample": True, "temperature": 0.0}, SettingsError, "temperature"),
         (question(), {"do_sample": True, "temperature": float("nan")}, SettingsError, "finite"),
         (question(), {"do_sample": True, "top_p": 1.5}, SettingsError, "top_p"),

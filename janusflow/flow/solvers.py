@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,10 +20,10 @@ Field = Callable[[Tensor, Tensor], Tensor]
 """Velocity (B, …) of a state (B, …) at a time, a scalar in [0, 1]."""
 
 StepCallback = Callable[[int, Tensor, Tensor], Tensor | None]
-"""Called after each step with (index, time reached, state); a returned tensor replaces the state."""
+"""Called after each step with (index, time reached, state); may return a state to go on from."""
 
 
-class SolveStopped(Exception):  # noqa: N818 - a request, not an error
+class SolveStopped(Exception):
     """Raised by a callback to end a run; `solve` lets it pass."""
 
 
@@ -99,7 +100,7 @@ def solve(
 
     stepper = make_solver(solver)
     x, states = x_0, [x_0.cpu()]
-    for index, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for index, (t, t_next) in enumerate(pairwise(times)):
         x = stepper.step(counted, x, t, t_next)
         if on_step is not None:
             replaced = on_step(index, t_next, x)

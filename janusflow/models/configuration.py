@@ -5,7 +5,7 @@ Defaults are those of the published JanusFlow-1.3B (arXiv 2411.07975).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.models.janus.configuration_janus import JanusVisionConfig
@@ -100,15 +100,15 @@ class JanusFlowConfig(PreTrainedConfig):
     """
 
     model_type = "janusflow"
-    sub_configs = {
+    sub_configs: ClassVar = {
         "text_config": LlamaConfig,
         "vision_config": JanusVisionConfig,
         "flow_config": FlowHeadConfig,
     }
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
-    flow_config: dict | PreTrainedConfig | None = None
+    text_config: Any = None  # a mapping or config when given, a config ever after
+    vision_config: Any = None
+    flow_config: Any = None
     learned_begin_embedding: bool = True
     image_token_id: int | None = None
     pad_token_id: int | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -95,8 +95,8 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["LlamaDecoderLayer", "JanusVisionEncoderLayer", "ConvNextBlock"]
-    _tied_weights_keys = {
+    _no_split_modules: ClassVar = ["LlamaDecoderLayer", "JanusVisionEncoderLayer", "ConvNextBlock"]
+    _tied_weights_keys: ClassVar = {
         "language_model.lm_head.weight": "language_model.model.embed_tokens.weight"
     }
 
@@ -113,7 +113,7 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> JanusFlowForConditionalGeneration:
         """Loads a model from a folder or hub id in any known layout, strictly.

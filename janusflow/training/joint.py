@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,6 +33,9 @@ from janusflow.processing.tokenizer import load_tokenizer
 from janusflow.training.autoencoder import to_pixels
 from janusflow.training.loop import LoopSettings, Objective
 from janusflow.training.losses import next_token_loss, rectified_flow_loss
+
+if TYPE_CHECKING:
+    from janusflow.pipeline import JanusFlowPipeline
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class DrawingSettings:
     batch_size: int = 64
     """Captions a step."""
     noises_per_picture: int = 3
-    """Points of the path that a picture is trained at in a step; they share the caption's tokens."""
+    """Points of the path a picture is trained at in a step; they share the caption's tokens."""
     prompt_length: int = 28
     """Tokens a prompt is padded to."""
     condition_dropout_prob: float = 0.1
@@ -184,7 +188,7 @@ class JointObjective(Objective):
             "answer": self.settings.looking.loss_weight * next_token_loss(logits, labels),
         }
 
-    def _pipeline(self):  # noqa: ANN202 - the pipeline is imported late
+    def _pipeline(self) -> JanusFlowPipeline:
         from janusflow.pipeline import JanusFlowPipeline
 
         return JanusFlowPipeline(model=self.model, vae=self.vae, processor=self.processor)

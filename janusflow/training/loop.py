@@ -112,7 +112,7 @@ def train(objective: Objective, settings: LoopSettings, output_dir: Path) -> boo
         done = step + 1
         if done % settings.log_every == 0:
             now = time.monotonic()
-            figures = {name: round(float(loss), 5) for name, loss in losses.items()}
+            figures = {name: round(loss.item(), 5) for name, loss in losses.items()}
             figures |= {"grad_norm": round(float(norm), 4), "rate": round(factor, 4)}
             figures["seconds_per_step"] = round((now - logged) / settings.log_every, 4)
             logged = now

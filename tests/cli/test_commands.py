@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import janusflow
 from janusflow import JanusFlowPipeline
 from janusflow.cli import main
 from janusflow.commands import info as info_command
 
+ROOT = Path(janusflow.__file__).parents[1]
 QUESTION = "What is above?"
 
 
@@ -41,6 +46,25 @@ def test_an_interrupted_command_ends_with_status_130(
     monkeypatch.setattr(info_command, "run", interrupted)
     done = run("info", model)
     assert (done.status, done.err) == (130, "")
+
+
+def test_an_error_of_several_lines_is_told_in_one(
+    fails: Callable, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wordy(_: object) -> None:
+        raise OSError("first\n  second")
+
+    monkeypatch.setattr(info_command, "run", wordy)
+    assert fails("info", model) == "janusflow: error: first second"
+
+
+def test_a_reader_that_has_gone_is_no_error(model: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "janusflow.cli", "info", str(model)]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_bug_is_a_traceback_and_no_mistake_of_the_user(

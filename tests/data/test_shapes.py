@@ -45,7 +45,8 @@ def test_objects_stay_inside_and_never_touch():
     for scene in scenes(500):
         for item in scene.objects:
             reach = 1.1 * item.radius
-            assert reach <= item.x <= 1 - reach and reach <= item.y <= 1 - reach
+            assert reach <= item.x <= 1 - reach
+            assert reach <= item.y <= 1 - reach
         for i, a in enumerate(scene.objects):
             for b in scene.objects[:i]:
                 gap = np.hypot(a.x - b.x, a.y - b.y)
@@ -56,14 +57,18 @@ def test_no_training_caption_has_a_held_out_meaning():
     rng = np.random.default_rng(0)
     trained = {training_caption(scene, rng).meaning for scene in scenes(3000)}
     evaluated = {request.meaning for request in held_out_requests(120)}
-    assert trained and evaluated and not trained & evaluated
+    assert trained
+    assert evaluated
+    assert not trained & evaluated
 
 
 def test_no_training_question_is_about_a_held_out_scene():
     rng = np.random.default_rng(0)
     trained = {scene_meaning(training_scene(rng)) for _ in range(3000)}
     evaluated = {scene_meaning(scene) for scene, _ in held_out_questions(120)}
-    assert trained and evaluated and not trained & evaluated
+    assert trained
+    assert evaluated
+    assert not trained & evaluated
 
 
 def test_evaluation_goes_through_the_kinds_in_turn_and_repeats_with_its_seed():

@@ -13,13 +13,15 @@ from janusflow.flow.timesteps import logit_normal, time_grid, uniform
 def test_n_steps_are_n_intervals_from_noise_to_image(steps):
     grid = time_grid(steps)
     assert len(grid) == steps + 1
-    assert grid[0] == 0 and grid[-1] == 1
+    assert grid[0] == 0
+    assert grid[-1] == 1
     torch.testing.assert_close(grid.diff(), torch.full((steps,), 1 / steps, dtype=torch.float64))
 
 
 def test_a_shift_above_one_spends_more_steps_near_the_noise():
     grid = time_grid(10, shift=3.0)
-    assert grid[0] == 0 and grid[-1] == 1
+    assert grid[0] == 0
+    assert grid[-1] == 1
     assert (grid.diff() > 0).all()
     assert grid[5] == pytest.approx(0.5 / (3 - 2 * 0.5))
     assert grid[5] < 0.5
@@ -46,7 +48,8 @@ def test_logit_normal_times_have_the_quartiles_of_their_density():
 
 def test_uniform_times_fill_the_interval():
     t = uniform(100_000, generator=torch.Generator().manual_seed(0))
-    assert 0 <= t.min() and t.max() < 1
+    assert t.min() >= 0
+    assert t.max() < 1
     assert t.mean().item() == pytest.approx(0.5, abs=5e-3)
 
 

@@ -80,7 +80,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, optimizer):
         }
         for run in ("whole", "parts")
     ]
-    assert curves[0] == curves[1] and len(curves[0]) == 12
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == 12
 
 
 def test_training_learns_and_keeps_the_last_two_checkpoints(tmp_path):
@@ -123,8 +124,10 @@ def test_the_average_follows_its_formula_and_lends_itself_only():
 def test_the_rate_rises_holds_and_falls():
     settings = OptimizerSettings(warmup_steps=10, decay_fraction=0.2)
     factors = [rate_factor(step, 100, settings) for step in range(100)]
-    assert factors[0] == pytest.approx(0.1) and factors[9] == factors[79] == 1.0
-    assert factors[90] == pytest.approx(0.5) and factors[99] == pytest.approx(0.05)
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[79] == 1.0
+    assert factors[90] == pytest.approx(0.5)
+    assert factors[99] == pytest.approx(0.05)
     assert {rate_factor(step, 100, OptimizerSettings()) for step in range(100)} == {1.0}
 
 

@@ -78,8 +78,10 @@ SHAPES: dict[str, Callable[..., None]] = {
     "triangle": _polygon([(0, -1), (_SQRT3 / 1.8, 0.8), (-_SQRT3 / 1.8, 0.8)]),
     "diamond": _polygon([(0, -1.1), (0.8, 0), (0, 1.1), (-0.8, 0)]),
     "cross": _polygon(
-        [(-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)]
-        + [(_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)]
+        [
+            *((-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)),
+            *((_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)),
+        ]
     ),
     "ring": _draw_ring,
 }

@@ -1,0 +1,162 @@
+"""Joint training of drawing and looking, at toy size: what goes in and what it learns from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from janusflow.data.shapes.batches import IGNORED
+from janusflow.errors import SettingsError
+from janusflow.settings import fill, read_yaml
+from janusflow.training.autoencoder import AutoencoderObjective, AutoencoderSettings
+from janusflow.training.joint import JointObjective, JointSettings
+from janusflow.training.loop import train
+from janusflow.training.run import run
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "train" / "tiny"
+SMALL = {
+    "model": {
+        "language_width": 32,
+        "language_layers": 2,
+        "language_heads": 2,
+        "language_mlp": 64,
+        "vision_width": 16,
+        "vision_layers": 1,
+        "vision_heads": 2,
+        "adapter_width": 16,
+        "adapter_kernel": 3,
+    },
+    "drawing": {"num_pictures": 64, "batch_size": 4, "noises_per_picture": 2},
+    "looking": {"batch_size": 2},
+    "loop": {"steps": 3, "precision": "no", "log_every": 1, "save_every": 10},
+}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> JointSettings:
+    folder = tmp_path_factory.mktemp("joint")
+    values = {"block_out_channels": [8, 8, 8, 8], "batch_size": 2, "loop": {"steps": 2}}
+    vae = AutoencoderObjective(fill(AutoencoderSettings, values))
+    vae.export(folder / "autoencoder")
+    places = {"autoencoder": str(folder / "autoencoder"), "output_dir": str(folder / "run")}
+    return fill(JointSettings, {**SMALL, **places})
+
+
+@pytest.fixture(scope="module")
+def objective(settings) -> JointObjective:
+    return JointObjective(settings)
+
+
+def test_a_batch_is_a_function_of_its_step(objective):
+    one, again, other = objective.batch(3), objective.batch(3), objective.batch(4)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["x_0"], other["x_0"])
+    assert not torch.equal(one["prompt_ids"], other["prompt_ids"])
+    assert not torch.equal(one["pixel_values"], other["pixel_values"])
+
+
+def test_prompts_are_those_of_sampling(objective):
+    processor = objective.processor
+    ids, mask = objective.batches.captions(np.arange(6), 0, 28, dropout=0.0)
+    for row, row_mask in zip(ids, mask, strict=True):
+        tokens = row[row_mask.bool()].tolist()
+        text = processor.decode(tokens[:-1])
+        caption = text.removeprefix("User: ").removesuffix("\n\nAssistant:")
+        again, _ = processor.generation_prompts([caption])
+        assert again[0].tolist() == tokens
+
+
+def test_a_dropped_condition_is_masked_as_in_sampling(objective):
+    processor = objective.processor
+    kept, kept_mask = objective.batches.captions(np.arange(6), 0, 28, dropout=0.0)
+    ids, mask = objective.batches.captions(np.arange(6), 0, 28, dropout=1.0)
+    first = kept_mask.argmax(1)
+    for row in range(6):
+        start = int(first[row])
+        assert ids[row, start] == processor.bos_token_id
+        assert ids[row, -1] == processor.image_gen_id
+        assert (ids[row, start + 1 : -1] == processor.pad_token_id).all()
+        assert mask[row].nonzero().flatten().tolist() == [start]
+
+
+def test_a_prompt_that_does_not_fit_is_an_error(objective):
+    with pytest.raises(ValueError, match="exceeds 8"):
+        objective.batches.captions(np.arange(6), 0, 8, dropout=0.0)
+
+
+def test_losses_are_taken_of_answers_only(objective):
+    processor = objective.processor
+    batch = objective.batches.conversations(4, 0, 160)
+    for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
+        taken = labels != IGNORED
+        assert torch.equal(labels[taken], ids[taken])
+        text = processor.decode(ids[ids != processor.pad_token_id], skip_special_tokens=False)
+        eos = processor.prompt_format.eos_token
+        answers = [turn.split("\n\nAssistant: ")[1] for turn in text.split(eos)[:-1]]
+        assert len(answers) >= 3
+        spoken = processor.decode(labels[taken], skip_special_tokens=False)
+        assert spoken == "".join(f" {answer}{eos}" for answer in answers)
+
+
+def test_a_question_begins_as_the_processor_asks_it(objective):
+    processor = objective.processor
+    batch = objective.batches.conversations(1, 0, 160)
+    ids = batch.input_ids[0]
+    text = processor.decode(ids, skip_special_tokens=False)
+    question = text.split("\n\nAssistant:")[0].rsplit("\n", 1)[1]
+    image = torch.zeros(64, 64, 3, dtype=torch.uint8).numpy()
+    from PIL import Image
+
+    content = [
+        {"type": "image", "image": Image.fromarray(image)},
+        {"type": "text", "text": question},
+    ]
+    asked = processor([[{"role": "user", "content": content}]])["input_ids"][0]
+    assert ids[: len(asked)].tolist() == asked.tolist()
+
+
+def test_every_part_of_the_model_receives_a_gradient(objective):
+    objective.zero_grad()
+    sum(objective(**objective.batch(0)).values()).backward()
+    without = {
+        name
+        for name, parameter in objective.model.named_parameters()
+        if parameter.grad is None or not parameter.grad.any()
+    }
+    # Ids that no sentence of the batch has leave no whole tensor without one.
+    assert without == set()
+    assert not any(p.requires_grad for p in objective.vae.parameters())
+
+
+def test_a_run_leaves_a_checkpoint_and_a_log(objective, settings, tmp_path):
+    objective.export = lambda folder: folder.mkdir()
+    assert train(objective, settings.loop, tmp_path)
+    assert (tmp_path / "step-0000003" / "ema.safetensors").is_file()
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+
+
+def test_latents_have_unit_deviation(objective):
+    assert objective.latents.float().std().item() == pytest.approx(1.0, abs=0.15)
+
+
+def test_a_missing_autoencoder_is_named_with_the_command_that_makes_it(tmp_path):
+    config = tmp_path / "joint.yaml"
+    config.write_text(f"task: joint\noutput_dir: {tmp_path}\nautoencoder: {tmp_path}/none\n")
+    with pytest.raises(SettingsError, match=r"no autoencoder in .*none; train it first"):
+        run(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("autoencoder", AutoencoderSettings), ("joint", JointSettings)]
+)
+def test_the_shipped_configs_fit_their_settings(name, kind):
+    settings = fill(kind, read_yaml(CONFIGS / f"{name}.yaml"))
+    assert settings.task == name
+
+
+def test_an_unknown_density_of_times_is_refused():
+    with pytest.raises(SettingsError, match="logit-normal"):
+        fill(JointSettings, {"drawing": {"timesteps": "normal"}})
