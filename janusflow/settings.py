@@ -82,7 +82,7 @@ def overrides_from_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def _keys(cls: type, prefix: str = "") -> Iterable[str]:
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+    for field in dataclasses.fields(cls):
         default = field.default
         if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()

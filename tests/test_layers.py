@@ -28,7 +28,7 @@ ROWS = [
     {"models", "processing"},
     {"pipeline", "data"},
     {"training", "evaluation", "experiments", "serving"},
-    {"cli"},
+    {"cli", "commands"},
 ]
 RANK = {layer: rank for rank, row in enumerate(ROWS) for layer in row}
 # The package's __init__ only forwards names, lazily; no layer stands above it or below it.

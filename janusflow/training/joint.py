@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from janusflow.data.shapes.batches import ShapesBatches, picture_scene
 from janusflow.data.shapes.scene import draw
@@ -61,7 +62,7 @@ class ModelSizes:
 class DrawingSettings:
     """What the flow head learns from."""
 
-    num_pictures: int = 80_000
+    num_pictures: int = 60_000
     batch_size: int = 64
     """Captions a step."""
     noises_per_picture: int = 3
@@ -276,8 +277,9 @@ def _latents(path: Path, vae: AutoencoderKL, settings: JointSettings) -> Tensor:
         if len(latents) == num:
             return latents
     parts = []
-    for start in range(0, num, 256):
-        rows = range(start, min(start + 256, num))
+    vae = vae.to(memory_format=torch.channels_last)
+    for start in tqdm(range(0, num, 32), desc="latents", mininterval=10):
+        rows = range(start, min(start + 32, num))
         scenes = [picture_scene(settings.loop.seed, index) for index in rows]
         pixels = to_pixels([draw(scene, size) for scene in scenes])
         with torch.autocast(vae.device.type, torch.bfloat16):

@@ -86,7 +86,7 @@ def train(objective: Objective, settings: LoopSettings, output_dir: Path) -> boo
 
     found = checkpoints.checkpoints(output_dir)
     start = checkpoints.restore(found[-1], objective, ema, optimizers) if found else 0
-    accelerator.print(f"starting at step {start} of {settings.steps}")
+    accelerator.print(f"starting at step {start} of {settings.steps}", flush=True)
     objective.to(accelerator.device)
     ema.averages = {n: average.to(accelerator.device) for n, average in ema.averages.items()}
     model: Any = accelerator.prepare_model(objective)

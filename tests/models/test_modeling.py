@@ -332,7 +332,8 @@ def test_features_stand_in_the_place_of_placeholders_and_the_begin_tag(tiny_mode
 
 def test_placeholders_are_found_without_their_id(tiny_model: Model) -> None:
     nameless = tiny_model_of(tiny_config(image_token_id=None))
-    ids, mask = left_padded(talk(2), talk(1))  # padded by one picture and its tags
+    ids, mask = left_padded(talk(2), talk(1, 62, 63))  # padded by as much as a picture
+    assert int((mask == 0).sum()) == NUM_TOKENS
     pixels = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
         found = nameless(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
