@@ -120,7 +120,7 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             pretrained_model_name_or_path: A folder, a hub id, or "tiny" for the bundled model.
-            **kwargs: As for `transformers.PreTrainedModel.from_pretrained`; `dtype` (float32 when
+            **kwargs: As for `transformers.PreTrainedModel.from_pretrained`; `dtype` (as stored when
                 not given), `device_map`, `revision`, ….
 
         Raises:
@@ -230,7 +230,9 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values = torch.cat(
                 [row[:n] for row, n in zip(pixel_values, used.tolist(), strict=True)]
             )
-        if int(placeholder.sum()) != len(pixel_values) * num_tokens:
+        # Reading a tensor's value would break a compiled graph in two.
+        compiling = torch.compiler.is_compiling()
+        if not compiling and int(placeholder.sum()) != len(pixel_values) * num_tokens:
             raise PromptError(
                 f"{len(pixel_values)} images need {len(pixel_values) * num_tokens} placeholders "
                 f"({num_tokens} each), but input_ids hold {int(placeholder.sum())}"
@@ -318,6 +320,34 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Repeats rows for beams and several answers; a row's pictures stay together."""
+        pixel_values = kwargs.get("pixel_values")
+        if expand_size > 1 and input_ids is not None and pixel_values is not None:
+            if pixel_values.ndim == 4:
+                kwargs["pixel_values"] = self._by_row(input_ids, pixel_values)
+        return super()._expand_inputs_for_generation(
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **kwargs,
+        )
+
+    def _by_row(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        """Pictures (images, 3, H, W) as (B, most images of a row, 3, H, W), zeros at the end."""
+        patch = self.config.vision_config.patch_size
+        num_tokens = (pixel_values.shape[-2] // patch) * (pixel_values.shape[-1] // patch)
+        counts = (self._placeholders(input_ids, num_tokens).sum(1) // num_tokens).tolist()
+        if sum(counts) != len(pixel_values):
+            return pixel_values  # `embed` says what is wrong
+        return nn.utils.rnn.pad_sequence(list(pixel_values.split(counts)), batch_first=True)
 
     def prepare_inputs_for_generation(
         self,
@@ -466,7 +496,7 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         position_ids = torch.cat([positions(begun), begun.sum(1, keepdim=True) + steps], dim=1)
         output = self.language_model.model(
             inputs_embeds=torch.cat([prompt, blocks.to(prompt.dtype)], dim=1),
-            attention_mask=_shared_prompt_mask(mask, images, length),
+            attention_mask=_shared_prompt_mask(mask, images, length, prompt.dtype),
             position_ids=position_ids,
             use_cache=False,
         )
@@ -556,8 +586,10 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return field
 
 
-def _shared_prompt_mask(attention_mask: Tensor, images: int, length: int) -> Tensor:
-    """What each token may attend to, (B, 1, S, S) bool, S = L + images · length.
+def _shared_prompt_mask(
+    attention_mask: Tensor, images: int, length: int, dtype: torch.dtype
+) -> Tensor:
+    """What is added to attention scores, (B, 1, S, S), S = L + images · length: 0 or the minimum.
 
     Causal; picture tokens see the prompt (B, L) and their own picture. Padding sees itself, so
     that no row of the softmax is empty.
@@ -575,7 +607,8 @@ def _shared_prompt_mask(attention_mask: Tensor, images: int, length: int) -> Ten
     related = (picture == 0) | (picture[:, None] == picture)
     visible = nn.functional.pad(attention_mask.bool(), (0, images * length), value=True)
     allowed = (causal & related) & visible[:, None, :]
-    return (allowed | (place[:, None] == place))[:, None]
+    allowed |= place[:, None] == place
+    return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
 
 
 def positions(attention_mask: Tensor) -> Tensor:

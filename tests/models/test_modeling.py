@@ -393,7 +393,6 @@ def test_cached_answers_equal_those_without_a_cache(tiny_model: Model) -> None:
     assert torch.equal(cached, whole)
 
 
-@pytest.mark.xfail(reason="generate repeats flat pictures one by one, not by conversation")
 def test_several_answers_to_one_conversation_look_at_its_pictures_in_their_order(
     tiny_model: Model,
 ) -> None:
