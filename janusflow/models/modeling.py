@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -25,57 +24,8 @@ from janusflow.flow.solvers import StepCallback, solve
 from janusflow.flow.timesteps import time_grid
 from janusflow.models.configuration import FlowHeadConfig, JanusFlowConfig
 from janusflow.models.flow_head import FlowHead
-
-
-@dataclass
-class PromptPrefix:
-    """Cached keys and values of prompts, reusable by every step and every image.
-
-    Attributes:
-        cache: Keys and values by layer, (B, heads, L, head width).
-        attention_mask: 1 where a slot of the cache may be attended to, (B, L).
-        next_position: Position of the token that follows, by row, (B,).
-    """
-
-    cache: Cache
-    attention_mask: Tensor
-    next_position: Tensor
-
-    def __len__(self) -> int:
-        return self.attention_mask.shape[0]
-
-    def select(self, rows: Tensor) -> PromptPrefix:
-        """A new prefix of the given rows, a row as often as it is named."""
-        layers = [
-            (layer.keys.index_select(0, rows), layer.values.index_select(0, rows))
-            for layer in self.cache.layers
-        ]
-        return PromptPrefix(
-            DynamicCache(layers), self.attention_mask[rows], self.next_position[rows]
-        )
-
-    def with_unconditional(self, first_token: PromptPrefix) -> PromptPrefix:
-        """Appends an unconditional row for every row: the first token alone.
-
-        Its key and value stand in the last slot, everything before is masked; the positions that
-        follow are those of the conditional row, as published (arXiv 2411.07975).
-        """
-        num = len(self)
-        layers = []
-        for layer, first in zip(self.cache.layers, first_token.cache.layers, strict=True):
-            joined = []
-            for own, other in ((layer.keys, first.keys), (layer.values, first.values)):
-                row = torch.zeros_like(own)
-                row[:, :, -1:] = other.expand(num, -1, -1, -1)
-                joined.append(torch.cat([own, row]))
-            layers.append(tuple(joined))
-        mask = torch.zeros_like(self.attention_mask)
-        mask[:, -1] = 1
-        return PromptPrefix(
-            DynamicCache(layers),
-            torch.cat([self.attention_mask, mask]),
-            self.next_position.repeat(2),
-        )
+from janusflow.models.placeholders import begin_tags, find_placeholders
+from janusflow.models.prefix import PromptPrefix, positions, shared_prompt_mask
 
 
 class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -222,9 +172,7 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         embeddings = self.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return embeddings
-        patch = self.config.vision_config.patch_size
-        num_tokens = (pixel_values.shape[-2] // patch) * (pixel_values.shape[-1] // patch)
-        placeholder = self._placeholders(input_ids, num_tokens)
+        placeholder, num_tokens = self._placeholders(input_ids, pixel_values)
         if pixel_values.ndim == 5:
             used = placeholder.sum(1) // num_tokens
             pixel_values = torch.cat(
@@ -240,42 +188,17 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         features = self.get_image_features(pixel_values).to(embeddings.dtype)
         embeddings = embeddings.masked_scatter(placeholder[..., None], features)
         if self.config.learned_begin_embedding:
-            begins = torch.zeros_like(placeholder)
-            starts = placeholder.clone()
-            starts[:, 1:] &= self._run_starts(placeholder, num_tokens)[:, 1:]
-            begins[:, :-1] = starts[:, 1:]
             begin = self.begin_embedding.to(embeddings.dtype)
-            embeddings = torch.where(begins[..., None], begin, embeddings)
+            at_begin = begin_tags(placeholder, num_tokens)[..., None]
+            embeddings = torch.where(at_begin, begin, embeddings)
         return embeddings
 
-    def _placeholders(self, input_ids: Tensor, num_tokens: int) -> Tensor:
-        """Where placeholders stand, (B, L) bool; without a known id, runs of equal ids."""
-        if self.config.image_token_id is not None:
-            return input_ids == self.config.image_token_id
-        found = torch.zeros_like(input_ids, dtype=torch.bool)
-        if num_tokens > 1:
-            for candidate in input_ids.unique().tolist():
-                same = input_ids == candidate
-                # A run after the first place: padding on the left is no picture.
-                lengths = self._run_lengths(same)
-                inside = lengths[lengths > 0]
-                if len(inside) and bool((inside % num_tokens == 0).all()) and not same[:, 0].any():
-                    found |= same
-        return found
-
-    @staticmethod
-    def _run_lengths(mask: Tensor) -> Tensor:
-        """Length of each run of True at the place where it ends, 0 elsewhere, (B, L)."""
-        position = torch.arange(mask.shape[1], device=mask.device)
-        last_gap = torch.where(mask, -1, position).cummax(1).values
-        ends = mask & ~nn.functional.pad(mask, (0, 1))[:, 1:]
-        return torch.where(ends, position - last_gap, 0)
-
-    @staticmethod
-    def _run_starts(placeholder: Tensor, num_tokens: int) -> Tensor:
-        """Every num_tokens-th placeholder of a row begins a picture, (B, L) bool."""
-        rank = placeholder.cumsum(1) - 1
-        return placeholder & (rank % num_tokens == 0)
+    def _placeholders(self, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, int]:
+        """Where placeholders stand, (B, L) bool, and how many tokens a picture of this size has."""
+        patch = self.config.vision_config.patch_size
+        num_tokens = (pixel_values.shape[-2] // patch) * (pixel_values.shape[-1] // patch)
+        placeholder = find_placeholders(input_ids, num_tokens, self.config.image_token_id)
+        return placeholder, num_tokens
 
     def forward(
         self,
@@ -330,9 +253,9 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Repeats rows for beams and several answers; a row's pictures stay together."""
         pixel_values = kwargs.get("pixel_values")
-        if expand_size > 1 and input_ids is not None and pixel_values is not None:
-            if pixel_values.ndim == 4:
-                kwargs["pixel_values"] = self._by_row(input_ids, pixel_values)
+        flat = pixel_values is not None and pixel_values.ndim == 4
+        if expand_size > 1 and input_ids is not None and flat:
+            kwargs["pixel_values"] = self._by_row(input_ids, pixel_values)
         return super()._expand_inputs_for_generation(
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
@@ -342,9 +265,8 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _by_row(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
         """Pictures (images, 3, H, W) as (B, most images of a row, 3, H, W), zeros at the end."""
-        patch = self.config.vision_config.patch_size
-        num_tokens = (pixel_values.shape[-2] // patch) * (pixel_values.shape[-1] // patch)
-        counts = (self._placeholders(input_ids, num_tokens).sum(1) // num_tokens).tolist()
+        placeholder, num_tokens = self._placeholders(input_ids, pixel_values)
+        counts = (placeholder.sum(1) // num_tokens).tolist()
         if sum(counts) != len(pixel_values):
             return pixel_values  # `embed` says what is wrong
         return nn.utils.rnn.pad_sequence(list(pixel_values.split(counts)), batch_first=True)
@@ -496,7 +418,7 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         position_ids = torch.cat([positions(begun), begun.sum(1, keepdim=True) + steps], dim=1)
         output = self.language_model.model(
             inputs_embeds=torch.cat([prompt, blocks.to(prompt.dtype)], dim=1),
-            attention_mask=_shared_prompt_mask(mask, images, length, prompt.dtype),
+            attention_mask=shared_prompt_mask(mask, images, length, prompt.dtype),
             position_ids=position_ids,
             use_cache=False,
         )
@@ -584,33 +506,3 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return classifier_free_guidance(conditional, free, guidance_scale)
 
         return field
-
-
-def _shared_prompt_mask(
-    attention_mask: Tensor, images: int, length: int, dtype: torch.dtype
-) -> Tensor:
-    """What is added to attention scores, (B, 1, S, S), S = L + images · length: 0 or the minimum.
-
-    Causal; picture tokens see the prompt (B, L) and their own picture. Padding sees itself, so
-    that no row of the softmax is empty.
-    """
-    prompt_length = attention_mask.shape[1]
-    device = attention_mask.device
-    picture = torch.cat(
-        [
-            torch.zeros(prompt_length, dtype=torch.long, device=device),
-            torch.arange(1, images + 1, device=device).repeat_interleave(length),
-        ]
-    )
-    place = torch.arange(len(picture), device=device)
-    causal = place[:, None] >= place
-    related = (picture == 0) | (picture[:, None] == picture)
-    visible = nn.functional.pad(attention_mask.bool(), (0, images * length), value=True)
-    allowed = (causal & related) & visible[:, None, :]
-    allowed |= place[:, None] == place
-    return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
-
-
-def positions(attention_mask: Tensor) -> Tensor:
-    """Positions (B, L) that count the tokens of a left-padded mask; padding gets 0."""
-    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)

@@ -1,0 +1,93 @@
+"""Prompts before pictures: cached keys and values, positions, and who may attend to whom.
+
+Axes: B rows, L prompt tokens (left-padded), S prompt and picture tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+
+@dataclass
+class PromptPrefix:
+    """Cached keys and values of prompts, reusable by every step and every image.
+
+    Attributes:
+        cache: Keys and values by layer, (B, heads, L, head width).
+        attention_mask: 1 where a slot of the cache may be attended to, (B, L).
+        next_position: Position of the token that follows, by row, (B,).
+    """
+
+    cache: Cache
+    attention_mask: Tensor
+    next_position: Tensor
+
+    def __len__(self) -> int:
+        return self.attention_mask.shape[0]
+
+    def select(self, rows: Tensor) -> PromptPrefix:
+        """A new prefix of the given rows, a row as often as it is named."""
+        layers = [
+            (layer.keys.index_select(0, rows), layer.values.index_select(0, rows))
+            for layer in self.cache.layers
+        ]
+        return PromptPrefix(
+            DynamicCache(layers), self.attention_mask[rows], self.next_position[rows]
+        )
+
+    def with_unconditional(self, first_token: PromptPrefix) -> PromptPrefix:
+        """Appends an unconditional row for every row: the first token alone.
+
+        Its key and value stand in the last slot, everything before is masked; the positions that
+        follow are those of the conditional row, as published (arXiv 2411.07975).
+        """
+        num = len(self)
+        layers = []
+        for layer, first in zip(self.cache.layers, first_token.cache.layers, strict=True):
+            joined = []
+            for own, other in ((layer.keys, first.keys), (layer.values, first.values)):
+                row = torch.zeros_like(own)
+                row[:, :, -1:] = other.expand(num, -1, -1, -1)
+                joined.append(torch.cat([own, row]))
+            layers.append(tuple(joined))
+        mask = torch.zeros_like(self.attention_mask)
+        mask[:, -1] = 1
+        return PromptPrefix(
+            DynamicCache(layers),
+            torch.cat([self.attention_mask, mask]),
+            self.next_position.repeat(2),
+        )
+
+
+def shared_prompt_mask(
+    attention_mask: Tensor, images: int, length: int, dtype: torch.dtype
+) -> Tensor:
+    """What is added to attention scores, (B, 1, S, S), S = L + images · length: 0 or the minimum.
+
+    Causal; picture tokens see the prompt (B, L) and their own picture. Padding sees itself, so
+    that no row of the softmax is empty.
+    """
+    prompt_length = attention_mask.shape[1]
+    device = attention_mask.device
+    picture = torch.cat(
+        [
+            torch.zeros(prompt_length, dtype=torch.long, device=device),
+            torch.arange(1, images + 1, device=device).repeat_interleave(length),
+        ]
+    )
+    place = torch.arange(len(picture), device=device)
+    causal = place[:, None] >= place
+    related = (picture == 0) | (picture[:, None] == picture)
+    visible = nn.functional.pad(attention_mask.bool(), (0, images * length), value=True)
+    allowed = (causal & related) & visible[:, None, :]
+    allowed |= place[:, None] == place
+    return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Positions (B, L) that count the tokens of a left-padded mask; padding gets 0."""
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
