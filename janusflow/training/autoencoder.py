@@ -35,8 +35,10 @@ class AutoencoderSettings:
     kl_weight: float = 1e-4
     squared_weight: float = 2.0
     latent_noise: float = 0.1
-    """Noise on the latents in training, in their standard deviations: the decoder learns to
-    forgive small errors of the flow."""
+    """Noise on the latents, in their standard deviations: the decoder learns to forgive small
+    errors of the flow."""
+    latent_noise_from_step: int = 0
+    """Step from which on the latents are noisy; before, the pictures come out sharp sooner."""
     object_weight: float = 4.0
     """Pixels of objects count so many times more than those of the background."""
     loop: LoopSettings = field(default_factory=LoopSettings)
@@ -67,7 +69,7 @@ class AutoencoderObjective(Objective):
         ).to(memory_format=torch.channels_last)
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """Pixels (B, 3, H, W) and the posterior's noise (B, C, h, w)."""
+        """Pixels (B, 3, H, W), the posterior's noise (B, C, h, w), the scale of more noise."""
         rng = np.random.default_rng([self.settings.loop.seed, step])
         size, num = self.settings.image_size, self.settings.batch_size
         pixels = to_pixels([draw(sample_scene(rng), size) for _ in range(num)])
@@ -76,12 +78,15 @@ class AutoencoderObjective(Objective):
         return {
             "pixels": pixels.contiguous(memory_format=torch.channels_last),
             "noise": torch.from_numpy(noise),
+            "latent_noise": torch.tensor(
+                self.settings.latent_noise if step >= self.settings.latent_noise_from_step else 0.0
+            ),
         }
 
-    def forward(self, *, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, *, pixels: Tensor, noise: Tensor, latent_noise: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         """Reconstruction losses and KL divergence."""
         posterior = self.vae.encode(pixels).latent_dist
-        std = posterior.std + self.settings.latent_noise * posterior.mean.detach().std()
+        std = posterior.std + latent_noise * posterior.mean.detach().std()
         decoded = self.vae.decode(posterior.mean + std * noise).sample.float()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()

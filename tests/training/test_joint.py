@@ -71,7 +71,7 @@ def test_prompts_are_those_of_sampling(objective):
 
 def test_a_dropped_condition_is_masked_as_in_sampling(objective):
     processor = objective.processor
-    kept, kept_mask = objective.batches.captions(np.arange(6), 0, 28, dropout=0.0)
+    _, kept_mask = objective.batches.captions(np.arange(6), 0, 28, dropout=0.0)
     ids, mask = objective.batches.captions(np.arange(6), 0, 28, dropout=1.0)
     first = kept_mask.argmax(1)
     for row in range(6):

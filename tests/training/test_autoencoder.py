@@ -1,0 +1,75 @@
+"""Training of the small autoencoder: its losses against closed forms, its export."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from janusflow.settings import fill
+from janusflow.training.autoencoder import AutoencoderObjective, AutoencoderSettings
+from janusflow.training.loop import train
+
+SMALL = {
+    "block_out_channels": [8, 8, 8, 8],
+    "batch_size": 4,
+    "latent_noise_from_step": 5,
+    "loop": {"steps": 60, "precision": "no", "log_every": 1, "optimizer": {"learning_rate": 3e-3}},
+}
+
+
+@pytest.fixture
+def objective() -> AutoencoderObjective:
+    torch.manual_seed(0)
+    return AutoencoderObjective(fill(AutoencoderSettings, SMALL))
+
+
+def test_the_kl_loss_is_that_of_diffusers_for_each_latent_value(objective):
+    batch = objective.batch(0)
+    posterior = objective.vae.encode(batch["pixels"]).latent_dist
+    expected = posterior.kl().mean() / posterior.mean[0].numel()
+    found = objective(**batch)["kl"] / objective.settings.kl_weight
+    torch.testing.assert_close(found, expected)
+
+
+def test_objects_count_more_than_the_background(objective):
+    batch = objective.batch(0)
+    pixels = batch["pixels"]
+    decoded = torch.zeros_like(pixels)
+    objective.vae.decode = lambda latents: type("Output", (), {"sample": decoded})
+    on_object = (pixels != pixels[:, :, :1, :1]).any(1, keepdim=True)
+    error = pixels.abs()
+    expected = (error * torch.where(on_object, 4.0, 1.0)).mean()
+    found = objective(**batch)["absolute"]
+    # Antialiased edges that are nearly background count as background.
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+    assert found > 1.05 * error.mean()
+
+
+def test_latents_are_noisy_from_the_named_step_on(objective):
+    assert objective.batch(4)["latent_noise"] == 0
+    assert objective.batch(5)["latent_noise"] == objective.settings.latent_noise == 0.1
+    batch = {**objective.batch(0), "noise": torch.ones(4, 4, 8, 8)}
+    quiet = objective(**batch)["absolute"]
+    noisy = objective(**{**batch, "latent_noise": torch.tensor(3.0)})["absolute"]
+    assert quiet != noisy
+
+
+def test_training_learns_and_exports_latents_of_unit_deviation(objective, tmp_path):
+    with torch.no_grad():
+        before = objective.preview(0, tmp_path)["psnr"]
+    assert train(objective, objective.settings.loop, tmp_path)
+    with torch.no_grad():
+        assert objective.preview(60, tmp_path)["psnr"] > before + 1.5
+    vae = AutoencoderKL.from_pretrained(tmp_path / "final")
+    with torch.no_grad():
+        latents = vae.encode(objective.batch(99)["pixels"]).latent_dist.mean
+    deviation = (latents * vae.config.scaling_factor).std().item()
+    assert deviation == pytest.approx(1.0, abs=0.2)
+
+
+def test_the_preview_reports_a_psnr_and_draws_a_sheet(objective, tmp_path):
+    with torch.no_grad():
+        figures = objective.preview(1, tmp_path)
+    assert 0 < figures["psnr"] < 30
+    assert (tmp_path / "preview.png").is_file()
