@@ -91,12 +91,7 @@ def read_conversation(
         )
     if not messages:
         raise PromptError("the conversation is empty; it needs at least one user message")
-    published = images_apart or any(
-        isinstance(m, Mapping)
-        and ("images" in m or m.get("role") not in ("user", "assistant"))
-        and m.get("role") != "system"
-        for m in messages
-    )
+    published = images_apart or any(_is_published(message) for message in messages)
     turns: list[Turn] = []
     images: list[Any] = []
     system_prompt = None
