@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from janusflow.data.shapes.batches import ShapesBatches, picture_scene
-from janusflow.data.shapes.scene import draw
+from janusflow.data.shapes.scene import COLORS, SHAPES, draw
 from janusflow.data.shapes.tokenizer import write_tokenizer
 from janusflow.errors import SettingsError
 from janusflow.files import atomic_folder, atomic_path
@@ -33,7 +33,7 @@ from janusflow.processing.prompts import PromptFormat
 from janusflow.processing.tokenizer import load_tokenizer
 from janusflow.training.autoencoder import to_pixels
 from janusflow.training.loop import LoopSettings, Objective
-from janusflow.training.losses import next_token_loss, rectified_flow_loss
+from janusflow.training.losses import next_token_loss, patch_loss, rectified_flow_loss
 
 if TYPE_CHECKING:
     from janusflow.pipeline import JanusFlowPipeline
@@ -93,6 +93,19 @@ class LookingSettings:
 
 
 @dataclass(frozen=True)
+class PatchSettings:
+    """What the vision tower learns from directly, in place of SigLIP's pre-training.
+
+    A linear layer on each patch's features names the shape and the colour of what covers it.
+    """
+
+    batch_size: int = 64
+    loss_weight: float = 0.5
+    from_step: int = 0
+    """Step from which on the loss counts."""
+
+
+@dataclass(frozen=True)
 class PreviewSettings:
     """How progress is measured on held-out prompts and questions."""
 
@@ -112,6 +125,7 @@ class JointSettings:
     model: ModelSizes = field(default_factory=ModelSizes)
     drawing: DrawingSettings = field(default_factory=DrawingSettings)
     looking: LookingSettings = field(default_factory=LookingSettings)
+    patches: PatchSettings = field(default_factory=PatchSettings)
     preview: PreviewSettings = field(default_factory=PreviewSettings)
     loop: LoopSettings = field(default_factory=LoopSettings)
 
@@ -136,6 +150,8 @@ class JointObjective(Objective):
         self.model = JanusFlowForConditionalGeneration(config)
         # On a CPU the backward pass of the fused attention takes longer than matrices this small.
         self.model.set_attn_implementation("eager")
+        classes = 2 + len(SHAPES) + len(COLORS)  # "nothing" is a shape and a colour, too
+        self.patch_head = nn.Linear(settings.model.vision_width, classes)
         self.batches = ShapesBatches(self.processor, settings.loop.seed)
         self.latents = _latents(folder / "latents.safetensors", vae, settings)
 
@@ -161,6 +177,10 @@ class JointObjective(Objective):
         conversations = self.batches.conversations(
             looking.batch_size, step, looking.conversation_length
         )
+        patches = self.settings.patches
+        side = self.settings.model.image_size // self.settings.model.vision_patch
+        patch_pixels, patch_labels = self.batches.labelled_patches(patches.batch_size, step, side)
+        patch_weight = patches.loss_weight if step >= patches.from_step else 0.0
         return {
             "prompt_ids": ids,
             "prompt_mask": mask,
@@ -170,6 +190,9 @@ class JointObjective(Objective):
             "conversation_ids": conversations.input_ids,
             "labels": conversations.labels,
             "pixel_values": conversations.pixel_values,
+            "patch_pixels": patch_pixels,
+            "patch_labels": patch_labels,
+            "patch_weight": torch.tensor(patch_weight),
         }
 
     def forward(  # type: ignore[override]
@@ -183,11 +206,18 @@ class JointObjective(Objective):
         conversation_ids: Tensor,
         labels: Tensor,
         pixel_values: Tensor,
+        patch_pixels: Tensor,
+        patch_labels: Tensor,
+        patch_weight: Tensor,
     ) -> dict[str, Tensor]:
-        """Flow loss of drawing and next-token loss of looking."""
+        """Flow loss of drawing, next-token loss of looking, loss of the vision tower's patches."""
         velocity = self.model.flow_forward(prompt_ids, prompt_mask, interpolate(x_0, x_1, t), t)
         logits = self.model(input_ids=conversation_ids, pixel_values=pixel_values).logits
+        features = self.model.vision_model(patch_pixels).last_hidden_state
+        shape, color = self.patch_head(features).split([1 + len(SHAPES), 1 + len(COLORS)], dim=-1)
+        patches = patch_loss(shape, patch_labels[:, 0]) + patch_loss(color, patch_labels[:, 1])
         return {
+            "patches": patch_weight * patches,
             "flow": self.settings.drawing.loss_weight * rectified_flow_loss(velocity, x_0, x_1),
             "answer": self.settings.looking.loss_weight * next_token_loss(logits, labels),
         }

@@ -57,6 +57,16 @@ def test_cached_velocities_equal_those_of_one_pass(t: float, tiny_model: Model) 
     assert torch.equal(cached, again)  # the prefix is as it was
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_training_pass_stays_finite_beside_padding_in_bfloat16(attention: str) -> None:
+    model = tiny_model_of(tiny_config())
+    model.set_attn_implementation(attention)
+    ids, mask = left_padded(SHORT, LONG)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        velocity = model.flow_forward(ids, mask, noise(2), torch.tensor([0.2, 0.7]))
+    assert velocity.isfinite().all()
+
+
 def test_several_latents_may_share_a_prompt_in_one_pass(tiny_model: Model) -> None:
     ids, mask = left_padded(SHORT, LONG)
     x, t = noise(6), torch.linspace(0, 1, 6)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from janusflow.data.shapes.batches import IGNORED
+from janusflow.data.shapes import COLORS, SHAPES, Scene, ShapeObject
+from janusflow.data.shapes.batches import IGNORED, patch_labels
 from janusflow.errors import SettingsError
 from janusflow.settings import fill, read_yaml
 from janusflow.training.autoencoder import AutoencoderObjective, AutoencoderSettings
 from janusflow.training.joint import JointObjective, JointSettings
 from janusflow.training.loop import train
+from janusflow.training.losses import patch_loss
 from janusflow.training.run import run
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "train" / "tiny"
@@ -31,6 +35,7 @@ SMALL = {
     },
     "drawing": {"num_pictures": 64, "batch_size": 4, "noises_per_picture": 2},
     "looking": {"batch_size": 2},
+    "patches": {"batch_size": 4},
     "loop": {"steps": 3, "precision": "no", "log_every": 1, "save_every": 10},
 }
 
@@ -129,6 +134,45 @@ def test_every_part_of_the_model_receives_a_gradient(objective):
     # Ids that no sentence of the batch has leave no whole tensor without one.
     assert without == set()
     assert not any(p.requires_grad for p in objective.vae.parameters())
+
+
+def test_patches_are_labelled_with_what_covers_them():
+    objects = (
+        ShapeObject("square", "blue", 0.25, 0.25, 0.18),
+        ShapeObject("ring", "cyan", 0.75, 0.75, 0.18),
+    )
+    shapes, colors = patch_labels(Scene("pair", "white", objects), 8)
+    assert shapes[1, 1] == 1 + list(SHAPES).index("square")
+    assert colors[1, 1] == 1 + list(COLORS).index("blue")
+    assert shapes[5, 6] == 1 + list(SHAPES).index("ring")
+    assert colors[5, 6] == 1 + list(COLORS).index("cyan")
+    assert shapes[1, 6] == shapes[4, 4] == colors[6, 1] == 0
+
+
+def test_labelled_patches_fit_their_pictures(objective):
+    pixels, labels = objective.batches.labelled_patches(8, 0, 8)
+    inside = torch.nn.functional.max_pool2d(
+        (pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True), 8
+    )[:, 0]
+    assert labels.shape == (8, 2, 8, 8)
+    assert (inside[labels[:, 0] > 0] > 0.1).float().mean() > 0.98
+    assert torch.equal(labels[:, 0] > 0, labels[:, 1] > 0)
+
+
+def test_the_patch_loss_counts_from_the_named_step_on(settings, objective):
+    later = replace(settings.patches, from_step=5)
+    objective.settings = replace(settings, patches=later)
+    weights = [objective.batch(step)["patch_weight"].item() for step in (4, 5)]
+    objective.settings = settings
+    assert weights == [0.0, later.loss_weight]
+
+
+def test_the_patch_loss_is_a_weighted_cross_entropy():
+    logits = torch.zeros(1, 2, 3)
+    logits[0, 0, 0], logits[0, 1, 2] = math.log(2), math.log(6)
+    labels = torch.tensor([[0, 2]])
+    expected = (0.2 * -math.log(2 / 4) + 1.0 * -math.log(6 / 8)) / 1.2
+    assert patch_loss(logits, labels).item() == pytest.approx(expected)
 
 
 def test_a_run_leaves_a_checkpoint_and_a_log(objective, settings, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from janusflow.data.shapes.language import ask, training_caption, training_scene
-from janusflow.data.shapes.scene import Scene, draw, sample_scene
+from janusflow.data.shapes.scene import COLORS, SHAPES, Scene, draw, sample_scene
 from janusflow.processing.processor import JanusFlowProcessor
 
 IGNORED = -100
@@ -38,6 +38,22 @@ class Conversations:
     input_ids: Tensor
     labels: Tensor
     pixel_values: Tensor
+
+
+def patch_labels(scene: Scene, patches: int) -> np.ndarray:
+    """What covers each patch of a picture: numbers of a shape and of a colour, 0 for none.
+
+    Returns:
+        int64 (2, patches, patches): shapes 1 … 6 and colours 1 … 6 in the order of their names.
+    """
+    centers = (np.arange(patches) + 0.5) / patches
+    labels = np.zeros((2, patches, patches), np.int64)
+    for item in scene.objects:
+        distance = np.hypot(centers[None, :] - item.x, centers[:, None] - item.y)
+        covered = distance < item.radius + 0.25 / patches
+        labels[0][covered] = 1 + list(SHAPES).index(item.shape)
+        labels[1][covered] = 1 + list(COLORS).index(item.color)
+    return labels
 
 
 class ShapesBatches:
@@ -102,6 +118,21 @@ class ShapesBatches:
                 ids[row, at:end] = asked + answer
                 labels[row, at + len(asked) : end] = answer
                 at = end
-        pictures = [draw(scene, processor.image_processor.image_size) for scene in scenes]
-        pixels = processor.image_processor(pictures)
+        pixels = self._pixels(scenes)
         return Conversations(torch.from_numpy(ids), torch.from_numpy(labels), pixels)
+
+    def labelled_patches(self, num: int, step: int, patches: int) -> tuple[Tensor, Tensor]:
+        """Fresh pictures and what covers their patches.
+
+        Returns:
+            Pixels (num, 3, H, W) in [-1, 1] and labels (num, 2, patches, patches), see
+            `patch_labels`.
+        """
+        rng = np.random.default_rng([self.seed, 5, step])
+        scenes = [training_scene(rng) for _ in range(num)]
+        labels = np.stack([patch_labels(scene, patches) for scene in scenes])
+        return self._pixels(scenes), torch.from_numpy(labels)
+
+    def _pixels(self, scenes: list[Scene]) -> Tensor:
+        size = self.processor.image_processor.image_size
+        return self.processor.image_processor([draw(scene, size) for scene in scenes])
