@@ -70,7 +70,7 @@ def find_objects(image: Image.Image) -> list[Sighting]:
             continue
         color = names[int(np.bincount(best[inside], minlength=len(names)).argmax())]
         shape, overlap = _best_shape(inside)
-        y, x = (np.argwhere(inside).mean(0) + 0.5) / len(pixels)
+        y, x = ((np.argwhere(inside).mean(0) + 0.5) / len(pixels)).tolist()
         sightings.append(Sighting(shape if overlap >= MIN_OVERLAP else None, color, x, y, overlap))
     return sightings
 
@@ -136,4 +136,4 @@ def _related(first: Sighting, second: Sighting, relation: str) -> bool:
     dx, dy = RELATIONS[relation]
     step = (first.x - second.x, first.y - second.y)
     along, across = step[0] * dx + step[1] * dy, abs(step[0] * dy) + abs(step[1] * dx)
-    return along > max(across, 0.1)
+    return bool(along > max(across, 0.1))
