@@ -244,7 +244,7 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    def _expand_inputs_for_generation(  # type: ignore[override]
+    def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
@@ -253,8 +253,7 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Repeats rows for beams and several answers; a row's pictures stay together."""
         pixel_values = kwargs.get("pixel_values")
-        flat = pixel_values is not None and pixel_values.ndim == 4
-        if expand_size > 1 and input_ids is not None and flat:
+        if expand_size > 1 and input_ids is not None and pixel_values is not None:
             kwargs["pixel_values"] = self._by_row(input_ids, pixel_values)
         return super()._expand_inputs_for_generation(
             expand_size=expand_size,
@@ -265,6 +264,8 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _by_row(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
         """Pictures (images, 3, H, W) as (B, most images of a row, 3, H, W), zeros at the end."""
+        if pixel_values.ndim == 5:
+            return pixel_values
         placeholder, num_tokens = self._placeholders(input_ids, pixel_values)
         counts = (placeholder.sum(1) // num_tokens).tolist()
         if sum(counts) != len(pixel_values):
