@@ -245,6 +245,7 @@ class JointObjective(Objective):
 
     def export(self, folder: Path) -> None:
         """Saves the whole pipeline in bfloat16."""
+        self.vae.register_to_config(_name_or_path="")  # else the folder it was loaded from
         with atomic_folder(folder) as scratch:
             self._pipeline().to(torch.bfloat16).save_pretrained(scratch)
         self.model.float()

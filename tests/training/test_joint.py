@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from janusflow import JanusFlowPipeline
 from janusflow.data.shapes import COLORS, SHAPES, Scene, ShapeObject
 from janusflow.data.shapes.batches import IGNORED, patch_labels
 from janusflow.errors import SettingsError
@@ -180,6 +181,14 @@ def test_a_run_leaves_a_checkpoint_and_a_log(objective, settings, tmp_path):
     assert train(objective, settings.loop, tmp_path)
     assert (tmp_path / "step-0000003" / "ema.safetensors").is_file()
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_exported_pipeline_loads_and_names_no_folder(objective, settings, tmp_path):
+    JointObjective.export(objective, tmp_path / "final")
+    pipe = JanusFlowPipeline.from_pretrained(tmp_path / "final")
+    assert pipe.model.generation_heads == ("flow",)
+    written = (tmp_path / "final" / "vae" / "config.json").read_text()
+    assert settings.autoencoder not in written
 
 
 def test_latents_have_unit_deviation(objective):
