@@ -23,9 +23,9 @@ from janusflow.flow.guidance import check_guidance_scale, classifier_free_guidan
 from janusflow.flow.solvers import StepCallback, solve
 from janusflow.flow.timesteps import time_grid
 from janusflow.models.configuration import FlowHeadConfig, JanusFlowConfig
-from janusflow.models.flow_head import FlowHead
+from janusflow.models.flow_head import FlowHead, FlowTokens
 from janusflow.models.placeholders import begin_tags, find_placeholders
-from janusflow.models.prefix import PromptPrefix, positions, shared_prompt_mask
+from janusflow.models.prefix import PromptPrefix, positions, shared_prefix_mask
 
 
 class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -410,22 +410,39 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         self.require_head("flow")
         tokens = self.flow_head.tokens(latents, t)
+        hidden = self.flow_hidden_states(input_ids, attention_mask, tokens)
+        return self.flow_head.velocity(hidden, tokens)
+
+    def flow_hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor, tokens: FlowTokens
+    ) -> Tensor:
+        """The language model's part of `flow_forward`.
+
+        Args:
+            input_ids: See `flow_forward`.
+            attention_mask: See `flow_forward`.
+            tokens: Of `flow_head.tokens`, n latents for each prompt.
+
+        Returns:
+            Last hidden states of time and image tokens, (B · n, 1 + N, E).
+        """
         prompt = self.get_input_embeddings()(input_ids[:, :-1])
-        images, length = len(latents) // len(input_ids), tokens.embeddings.shape[1]
-        blocks = rearrange(tokens.embeddings, "(b n) l e -> b (n l) e", n=images)
+        images, length = len(tokens.embeddings) // len(input_ids), tokens.embeddings.shape[1]
+        pictures = rearrange(tokens.embeddings, "(b n) l e -> b (n l) e", n=images)
         mask = attention_mask[:, :-1]
         begun = mask.cumsum(1) > 0
         steps = torch.arange(length, device=mask.device).repeat(images)
-        position_ids = torch.cat([positions(begun), begun.sum(1, keepdim=True) + steps], dim=1)
+        blocks = torch.arange(1, images + 1, device=mask.device).repeat_interleave(length)
+        blocks = nn.functional.pad(blocks, (prompt.shape[1], 0)).expand(len(mask), -1)
+        mask = nn.functional.pad(mask, (0, images * length), value=1)
         output = self.language_model.model(
-            inputs_embeds=torch.cat([prompt, blocks.to(prompt.dtype)], dim=1),
-            attention_mask=shared_prompt_mask(mask, images, length, prompt.dtype),
-            position_ids=position_ids,
+            inputs_embeds=torch.cat([prompt, pictures.to(prompt.dtype)], dim=1),
+            attention_mask=shared_prefix_mask(blocks, mask, prompt.dtype),
+            position_ids=torch.cat([positions(begun), begun.sum(1, keepdim=True) + steps], dim=1),
             use_cache=False,
         )
         hidden = output.last_hidden_state[:, prompt.shape[1] :]
-        hidden = rearrange(hidden, "b (n l) e -> (b n) l e", n=images)
-        return self.flow_head.velocity(hidden, tokens)
+        return rearrange(hidden, "b (n l) e -> (b n) l e", n=images)
 
     @torch.no_grad()
     def generate_latents(

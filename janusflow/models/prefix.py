@@ -63,27 +63,24 @@ class PromptPrefix:
         )
 
 
-def shared_prompt_mask(
-    attention_mask: Tensor, images: int, length: int, dtype: torch.dtype
-) -> Tensor:
-    """What is added to attention scores, (B, 1, S, S), S = L + images · length: 0 or the minimum.
+def shared_prefix_mask(blocks: Tensor, attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores when several continuations share a prefix in one row.
 
-    Causal; picture tokens see the prompt (B, L) and their own picture. Padding sees itself, so
-    that no row of the softmax is empty.
+    Causal; a token sees the prefix and its own block. Masked tokens see themselves, so that no
+    row of the softmax is empty.
+
+    Args:
+        blocks: 0 for the prefix, 1, 2, … for what follows it, (B, S).
+        attention_mask: 1 where a token may be attended to, (B, S).
+        dtype: Of the scores.
+
+    Returns:
+        0 or the lowest number, (B, 1, S, S).
     """
-    prompt_length = attention_mask.shape[1]
-    device = attention_mask.device
-    picture = torch.cat(
-        [
-            torch.zeros(prompt_length, dtype=torch.long, device=device),
-            torch.arange(1, images + 1, device=device).repeat_interleave(length),
-        ]
-    )
-    place = torch.arange(len(picture), device=device)
+    place = torch.arange(blocks.shape[1], device=blocks.device)
     causal = place[:, None] >= place
-    related = (picture == 0) | (picture[:, None] == picture)
-    visible = nn.functional.pad(attention_mask.bool(), (0, images * length), value=True)
-    allowed = (causal & related) & visible[:, None, :]
+    related = (blocks == 0)[:, None, :] | (blocks[:, :, None] == blocks[:, None, :])
+    allowed = causal & related & attention_mask.bool()[:, None, :]
     allowed |= place[:, None] == place
     return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
 

@@ -7,6 +7,7 @@ on disk. Axes: B batch, C latent channels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -27,6 +29,7 @@ from janusflow.flow.path import interpolate
 from janusflow.flow.timesteps import logit_normal, uniform
 from janusflow.models.configuration import JanusFlowConfig
 from janusflow.models.modeling import JanusFlowForConditionalGeneration
+from janusflow.models.prefix import shared_prefix_mask
 from janusflow.processing.images import JanusFlowImageProcessor
 from janusflow.processing.processor import JanusFlowProcessor
 from janusflow.processing.prompts import PromptFormat
@@ -37,6 +40,10 @@ from janusflow.training.losses import next_token_loss, patch_loss, rectified_flo
 
 if TYPE_CHECKING:
     from janusflow.pipeline import JanusFlowPipeline
+
+
+PATCH_CLASSES = 2 + len(SHAPES) + len(COLORS)
+"""Shapes and colours that a patch may show; "nothing" is one of either."""
 
 
 @dataclass(frozen=True)
@@ -89,20 +96,28 @@ class LookingSettings:
     batch_size: int = 16
     conversation_length: int = 160
     """Tokens a conversation is padded to; it holds as many questions as fit."""
+    separate_questions: float = 0.75
+    """Share of conversations whose questions are blind to each other."""
     loss_weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class PatchSettings:
-    """What the vision tower learns from directly, in place of SigLIP's pre-training.
+    """What features learn from directly: a linear layer names the shape and colour of a patch.
 
-    A linear layer on each patch's features names the shape and the colour of what covers it.
+    On the vision tower's features it stands in for SigLIP's pre-training. On the language model's
+    states at the image tokens of a noisy picture it aligns drawing with what the picture shows, as
+    the representation alignment of arXiv 2410.06940 does with features of an encoder.
     """
 
-    batch_size: int = 64
-    loss_weight: float = 0.5
-    from_step: int = 0
-    """Step from which on the loss counts."""
+    batch_size: int = 32
+    """Pictures a step for the vision tower, besides those of the conversations."""
+    vision_weight: float = 0.5
+    drawing_weight: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise SettingsError(f"patches.batch_size is at least 1, not {self.batch_size}")
 
 
 @dataclass(frozen=True)
@@ -150,8 +165,15 @@ class JointObjective(Objective):
         self.model = JanusFlowForConditionalGeneration(config)
         # On a CPU the backward pass of the fused attention takes longer than matrices this small.
         self.model.set_attn_implementation("eager")
-        classes = 2 + len(SHAPES) + len(COLORS)  # "nothing" is a shape and a colour, too
-        self.patch_head = nn.Linear(settings.model.vision_width, classes)
+        sizes = settings.model
+        self.patches_per_side = sizes.image_size // sizes.vision_patch
+        per_token = self.patches_per_side**2 // self.model.flow_config.num_image_tokens
+        self.patch_heads = nn.ModuleDict(
+            {
+                "vision": nn.Linear(sizes.vision_width, PATCH_CLASSES),
+                "drawing": nn.Linear(sizes.language_width, per_token * PATCH_CLASSES),
+            }
+        )
         self.batches = ShapesBatches(self.processor, settings.loop.seed)
         self.latents = _latents(folder / "latents.safetensors", vae, settings)
 
@@ -175,12 +197,12 @@ class JointObjective(Objective):
         x_1 = x_1.repeat_interleave(drawing.noises_per_picture, dim=0)
         density = logit_normal if drawing.timesteps == "logit-normal" else uniform
         conversations = self.batches.conversations(
-            looking.batch_size, step, looking.conversation_length
+            looking.batch_size, step, looking.conversation_length, looking.separate_questions
         )
-        patches = self.settings.patches
-        side = self.settings.model.image_size // self.settings.model.vision_patch
-        patch_pixels, patch_labels = self.batches.labelled_patches(patches.batch_size, step, side)
-        patch_weight = patches.loss_weight if step >= patches.from_step else 0.0
+        patch_pixels, patch_labels = self.batches.labelled_patches(
+            self.settings.patches.batch_size, step, self.patches_per_side
+        )
+        drawn_labels = self.batches.picture_labels(indices, self.patches_per_side)
         return {
             "prompt_ids": ids,
             "prompt_mask": mask,
@@ -189,10 +211,12 @@ class JointObjective(Objective):
             "t": density(len(x_1), generator=generator),
             "conversation_ids": conversations.input_ids,
             "labels": conversations.labels,
+            "blocks": conversations.blocks,
+            "position_ids": conversations.position_ids,
             "pixel_values": conversations.pixel_values,
             "patch_pixels": patch_pixels,
             "patch_labels": patch_labels,
-            "patch_weight": torch.tensor(patch_weight),
+            "drawn_labels": drawn_labels.repeat_interleave(drawing.noises_per_picture, dim=0),
         }
 
     def forward(  # type: ignore[override]
@@ -205,21 +229,32 @@ class JointObjective(Objective):
         t: Tensor,
         conversation_ids: Tensor,
         labels: Tensor,
+        blocks: Tensor,
+        position_ids: Tensor,
         pixel_values: Tensor,
         patch_pixels: Tensor,
         patch_labels: Tensor,
-        patch_weight: Tensor,
+        drawn_labels: Tensor,
     ) -> dict[str, Tensor]:
-        """Flow loss of drawing, next-token loss of looking, loss of the vision tower's patches."""
-        velocity = self.model.flow_forward(prompt_ids, prompt_mask, interpolate(x_0, x_1, t), t)
-        logits = self.model(input_ids=conversation_ids, pixel_values=pixel_values).logits
-        features = self.model.vision_model(patch_pixels).last_hidden_state
-        shape, color = self.patch_head(features).split([1 + len(SHAPES), 1 + len(COLORS)], dim=-1)
-        patches = patch_loss(shape, patch_labels[:, 0]) + patch_loss(color, patch_labels[:, 1])
+        """Flow loss of drawing, next-token loss of looking, losses of both kinds of patches."""
+        model, settings = self.model, self.settings
+        tokens = model.flow_head.tokens(interpolate(x_0, x_1, t), t)
+        hidden = model.flow_hidden_states(prompt_ids, prompt_mask, tokens)
+        velocity = model.flow_head.velocity(hidden, tokens)
+        everything = torch.ones_like(blocks)
+        logits = model(
+            input_ids=conversation_ids,
+            pixel_values=pixel_values,
+            attention_mask=shared_prefix_mask(blocks, everything, hidden.dtype),
+            position_ids=position_ids,
+        ).logits
+        seen = self.patch_heads["vision"](model.vision_model(patch_pixels).last_hidden_state)
+        drawn = self.patch_heads["drawing"](hidden[:, 1:])
         return {
-            "patches": patch_weight * patches,
-            "flow": self.settings.drawing.loss_weight * rectified_flow_loss(velocity, x_0, x_1),
-            "answer": self.settings.looking.loss_weight * next_token_loss(logits, labels),
+            "flow": settings.drawing.loss_weight * rectified_flow_loss(velocity, x_0, x_1),
+            "answer": settings.looking.loss_weight * next_token_loss(logits, labels),
+            "vision_patches": settings.patches.vision_weight * patches_loss(seen, patch_labels),
+            "drawn_patches": settings.patches.drawing_weight * patches_loss(drawn, drawn_labels),
         }
 
     def _pipeline(self) -> JanusFlowPipeline:
@@ -249,6 +284,16 @@ class JointObjective(Objective):
         with atomic_folder(folder) as scratch:
             self._pipeline().to(torch.bfloat16).save_pretrained(scratch)
         self.model.float()
+
+
+def patches_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Loss of tokens' logits (B, N, p · classes), p patches a token, for labels (B, 2, n, n)."""
+    patches_per_token = logits.shape[-1] // PATCH_CLASSES
+    p = math.isqrt(patches_per_token)
+    labels = rearrange(labels, "b two (h p) (w q) -> b two (h w p q)", p=p, q=p)
+    logits = rearrange(logits, "b n (p c) -> b (n p) c", p=patches_per_token)
+    shape, color = logits.split([1 + len(SHAPES), 1 + len(COLORS)], dim=-1)
+    return patch_loss(shape, labels[:, 0]) + patch_loss(color, labels[:, 1])
 
 
 def _processor(folder: Path, sizes: ModelSizes) -> JanusFlowProcessor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,17 @@ import torch
 
 from janusflow import JanusFlowPipeline
 from janusflow.data.shapes import COLORS, SHAPES, Scene, ShapeObject
-from janusflow.data.shapes.batches import IGNORED, patch_labels
+from janusflow.data.shapes.batches import IGNORED, patch_labels, picture_scene
 from janusflow.errors import SettingsError
+from janusflow.models.prefix import shared_prefix_mask
 from janusflow.settings import fill, read_yaml
 from janusflow.training.autoencoder import AutoencoderObjective, AutoencoderSettings
-from janusflow.training.joint import JointObjective, JointSettings
+from janusflow.training.joint import (
+    PATCH_CLASSES,
+    JointObjective,
+    JointSettings,
+    patches_loss,
+)
 from janusflow.training.loop import train
 from janusflow.training.losses import patch_loss
 from janusflow.training.run import run
@@ -160,12 +165,56 @@ def test_labelled_patches_fit_their_pictures(objective):
     assert torch.equal(labels[:, 0] > 0, labels[:, 1] > 0)
 
 
-def test_the_patch_loss_counts_from_the_named_step_on(settings, objective):
-    later = replace(settings.patches, from_step=5)
-    objective.settings = replace(settings, patches=later)
-    weights = [objective.batch(step)["patch_weight"].item() for step in (4, 5)]
-    objective.settings = settings
-    assert weights == [0.0, later.loss_weight]
+def test_drawn_labels_are_those_of_the_latents_pictures(objective, settings):
+    batch = objective.batch(0)
+    noises = settings.drawing.noises_per_picture
+    assert batch["drawn_labels"].shape == (len(batch["x_1"]), 2, 8, 8)
+    indices = np.random.default_rng([settings.loop.seed, 4, 0]).integers(
+        settings.drawing.num_pictures, size=settings.drawing.batch_size
+    )
+    for row, index in enumerate(indices.repeat(noises)):
+        expected = patch_labels(picture_scene(settings.loop.seed, int(index)), 8)
+        assert torch.equal(batch["drawn_labels"][row], torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("patches_per_token", [1, 4])
+def test_a_token_names_the_patches_that_it_covers(patches_per_token):
+    labels = torch.randint(0, 7, (3, 2, 8, 8), generator=torch.Generator().manual_seed(0))
+    p = math.isqrt(patches_per_token)
+    logits = torch.zeros(3, 8 // p, 8 // p, p, p, PATCH_CLASSES)
+    for row, y, x in np.ndindex(3, 8, 8):
+        place = logits[row, y // p, x // p, y % p, x % p]
+        place[labels[row, 0, y, x]] = place[7 + labels[row, 1, y, x]] = 30.0
+    logits = logits.reshape(3, 64 // patches_per_token, patches_per_token * PATCH_CLASSES)
+    assert patches_loss(logits, labels).item() < 1e-6
+    assert patches_loss(logits.flip(1), labels).item() > 5
+
+
+def test_a_separate_question_is_answered_as_if_it_were_asked_alone(objective):
+    batch = objective.batches.conversations(4, 0, 160, separate=1.0)
+    ids, blocks = batch.input_ids, batch.blocks
+    mask = shared_prefix_mask(blocks, torch.ones_like(blocks), torch.float32)
+    model = objective.model.eval()
+    together = model(
+        input_ids=ids,
+        pixel_values=batch.pixel_values,
+        attention_mask=mask,
+        position_ids=batch.position_ids,
+    ).logits
+    prefix = int((blocks[0] != 0).int().argmax())
+    for row, number in ((0, 1), (1, 3), (3, 2)):
+        own = torch.nonzero(blocks[row] == number).flatten()
+        asked = torch.cat([ids[row, :prefix], ids[row, own]])[None]
+        alone = model(input_ids=asked, pixel_values=batch.pixel_values[row : row + 1]).logits
+        torch.testing.assert_close(together[row, own], alone[0, prefix:], atol=1e-5, rtol=0)
+    objective.model.train()
+
+
+def test_a_share_of_conversations_has_separate_questions(objective):
+    batch = objective.batches.conversations(64, 0, 160, separate=0.75)
+    share = (batch.blocks.amax(1) > 0).float().mean().item()
+    assert 0.6 < share < 0.9
+    assert objective.batches.conversations(8, 0, 160).blocks.max() == 0
 
 
 def test_the_patch_loss_is_a_weighted_cross_entropy():

@@ -20,9 +20,13 @@ IGNORED = -100
 """Label of tokens that no loss is taken of."""
 
 
+TRAINING_SHARES = (0.2, 0.55, 0.25)
+"""Shares of single objects, pairs and groups: pairs take longest to learn."""
+
+
 def picture_scene(seed: int, index: int) -> Scene:
     """The scene of the picture `index` of a data set."""
-    return sample_scene(np.random.default_rng([seed, 1, index]))
+    return sample_scene(np.random.default_rng([seed, 1, index]), TRAINING_SHARES)
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,16 @@ class Conversations:
     Attributes:
         input_ids: (B, L).
         labels: Ids of the answers and their ends, `IGNORED` elsewhere, (B, L).
+        blocks: 0 for what all later tokens see; 1, 2, … for questions and answers that stand by
+            themselves, (B, L).
+        position_ids: A question that stands by itself follows the picture, (B, L).
         pixel_values: (B, 3, H, W) in [-1, 1].
     """
 
     input_ids: Tensor
     labels: Tensor
+    blocks: Tensor
+    position_ids: Tensor
     pixel_values: Tensor
 
 
@@ -95,21 +104,31 @@ class ShapesBatches:
             ids[row, start:] = [*tokens, processor.image_gen_id]
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
-    def conversations(self, num: int, step: int, length: int) -> Conversations:
-        """Fresh pictures, each with as many questions and answers as `length` tokens hold."""
+    def conversations(
+        self, num: int, step: int, length: int, separate: float = 0.0
+    ) -> Conversations:
+        """Fresh pictures, each with as many questions and answers as `length` tokens hold.
+
+        In a share `separate` of the rows each question stands alone after the picture, blind to
+        the others, whose answers would give its own away; in the rest they are turns of one
+        conversation.
+        """
         rng = np.random.default_rng([self.seed, 3, step])
         processor = self.processor
         ids = np.full((num, length), processor.pad_token_id, np.int64)
         labels = np.full_like(ids, IGNORED)
-        scenes = [training_scene(rng) for _ in range(num)]
+        blocks = np.zeros_like(ids)
+        positions = np.tile(np.arange(length), (num, 1))
+        scenes = [training_scene(rng, TRAINING_SHARES) for _ in range(num)]
         begin = [processor.bos_token_id, *self._ids("User: "), processor.begin_of_image_id]
         begin += [processor.image_token_id] * processor.num_image_tokens
         begin += [processor.end_of_image_id]
         for row, scene in enumerate(scenes):
             at = len(begin)
             ids[row, :at] = begin
+            alone = rng.random() < separate
             for turn, question in enumerate(ask(scene, rng)):
-                start = "\n" if turn == 0 else "User: "
+                start = "\n" if alone or turn == 0 else "User: "
                 asked = self._ids(f"{start}{question.text}\n\nAssistant:")
                 answer = (*self._ids(f" {question.answer}"), processor.eos_token_id)
                 end = at + len(asked) + len(answer)
@@ -117,9 +136,12 @@ class ShapesBatches:
                     break
                 ids[row, at:end] = asked + answer
                 labels[row, at + len(asked) : end] = answer
+                if alone:
+                    blocks[row, at:end] = turn + 1
+                    positions[row, at:end] = len(begin) + np.arange(end - at)
                 at = end
-        pixels = self._pixels(scenes)
-        return Conversations(torch.from_numpy(ids), torch.from_numpy(labels), pixels)
+        tensors = (torch.from_numpy(array) for array in (ids, labels, blocks, positions))
+        return Conversations(*tensors, self._pixels(scenes))
 
     def labelled_patches(self, num: int, step: int, patches: int) -> tuple[Tensor, Tensor]:
         """Fresh pictures and what covers their patches.
@@ -129,9 +151,15 @@ class ShapesBatches:
             `patch_labels`.
         """
         rng = np.random.default_rng([self.seed, 5, step])
-        scenes = [training_scene(rng) for _ in range(num)]
-        labels = np.stack([patch_labels(scene, patches) for scene in scenes])
-        return self._pixels(scenes), torch.from_numpy(labels)
+        scenes = [training_scene(rng, TRAINING_SHARES) for _ in range(num)]
+        return self._pixels(scenes), self._labels(scenes, patches)
+
+    def picture_labels(self, indices: np.ndarray, patches: int) -> Tensor:
+        """What covers the patches of the pictures `indices`, (len(indices), 2, patches, patches)."""
+        return self._labels([picture_scene(self.seed, int(i)) for i in indices], patches)
+
+    def _labels(self, scenes: list[Scene], patches: int) -> Tensor:
+        return torch.from_numpy(np.stack([patch_labels(scene, patches) for scene in scenes]))
 
     def _pixels(self, scenes: list[Scene]) -> Tensor:
         size = self.processor.image_processor.image_size

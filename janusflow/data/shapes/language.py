@@ -266,10 +266,12 @@ def _about_group(scene: Scene, rng: np.random.Generator) -> list[Question]:
     ]
 
 
-def training_scene(rng: np.random.Generator) -> Scene:
-    """A scene about which training may ask."""
+def training_scene(
+    rng: np.random.Generator, shares: tuple[float, float, float] = (0.3, 0.4, 0.3)
+) -> Scene:
+    """A scene about which training may ask; `shares` as for `sample_scene`."""
     while True:
-        scene = sample_scene(rng)
+        scene = sample_scene(rng, shares)
         if not is_held_out(scene_meaning(scene)):
             return scene
 

@@ -133,9 +133,11 @@ def draw(scene: Scene, size: int = 64, supersample: int = 4) -> Image.Image:
     return canvas.reduce(supersample)
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draws a random scene: 30 % single objects, 40 % pairs, 30 % groups."""
-    layout = rng.choice(["single", "pair", "group"], p=[0.3, 0.4, 0.3])
+def sample_scene(
+    rng: np.random.Generator, shares: tuple[float, float, float] = (0.3, 0.4, 0.3)
+) -> Scene:
+    """Draws a random scene; `shares` are those of single objects, pairs and groups."""
+    layout = rng.choice(["single", "pair", "group"], p=shares)
     background = str(rng.choice(list(BACKGROUNDS)))
     if layout == "single":
         return _single(rng, background)
