@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -77,9 +78,14 @@ class ShapesBatches:
         return tuple(self.processor.tokenizer.encode(text, add_special_tokens=False))
 
     def captions(
-        self, indices: np.ndarray, step: int, length: int, dropout: float
+        self,
+        indices: np.ndarray,
+        step: int,
+        length: int,
+        dropout: float,
+        tag: Literal["flow", "vq"] = "flow",
     ) -> tuple[Tensor, Tensor]:
-        """Prompts of the pictures `indices`, ending in the generation tag, left-padded.
+        """Prompts of the pictures `indices`, ending in the tag of a head, left-padded.
 
         A share `dropout` of the prompts is dropped as sampling drops them: every token but the
         first becomes padding and is masked.
@@ -89,6 +95,7 @@ class ShapesBatches:
         """
         rng = np.random.default_rng([self.seed, 2, step])
         processor = self.processor
+        tags = {"flow": processor.image_gen_id, "vq": processor.begin_of_image_id}
         ids = np.full((len(indices), length), processor.pad_token_id, np.int64)
         mask = np.zeros_like(ids)
         for row, index in enumerate(indices):
@@ -101,7 +108,7 @@ class ShapesBatches:
             if rng.random() < dropout:
                 tokens[1:] = [processor.pad_token_id] * (len(tokens) - 1)
                 mask[row, start + 1 :] = 0
-            ids[row, start:] = [*tokens, processor.image_gen_id]
+            ids[row, start:] = [*tokens, tags[tag]]
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
     def conversations(
@@ -155,7 +162,7 @@ class ShapesBatches:
         return self._pixels(scenes), self._labels(scenes, patches)
 
     def picture_labels(self, indices: np.ndarray, patches: int) -> Tensor:
-        """What covers the patches of the pictures `indices`, (len(indices), 2, patches, patches)."""
+        """What covers the patches of the pictures `indices`, (num, 2, patches, patches)."""
         return self._labels([picture_scene(self.seed, int(i)) for i in indices], patches)
 
     def _labels(self, scenes: list[Scene], patches: int) -> Tensor:
