@@ -266,7 +266,7 @@ class JanusFlowPipeline(DiffusionPipeline):
             PromptError: If there is no prompt, one is no text, or one exceeds the context.
             SettingsError: If a setting is unknown or out of range.
         """
-        head = self._head(head)
+        head = self.pick_head(head)
         options = DrawOptions(
             head=head,
             num_inference_steps=num_inference_steps,
@@ -316,8 +316,12 @@ class JanusFlowPipeline(DiffusionPipeline):
         rows = 1 if request.guidance_scale == 1.0 else 2
         return JanusFlowOutput(images, latents, most, most * rows, request.seeds, tokens)
 
-    def _head(self, head: str | None) -> str:
-        """The head to draw with: the given one, or else the first that the model holds."""
+    def pick_head(self, head: str | None = None) -> str:
+        """The head to draw with: the given one, or else the first that the model holds.
+
+        Raises:
+            SettingsError: If the model does not hold it.
+        """
         if head is None:
             held = self.model.generation_heads
             head = held[0] if held else "flow"

@@ -147,8 +147,13 @@ class ShapesBatches:
                     blocks[row, at:end] = turn + 1
                     positions[row, at:end] = len(begin) + np.arange(end - at)
                 at = end
-        tensors = (torch.from_numpy(array) for array in (ids, labels, blocks, positions))
-        return Conversations(*tensors, self._pixels(scenes))
+        return Conversations(
+            torch.from_numpy(ids),
+            torch.from_numpy(labels),
+            torch.from_numpy(blocks),
+            torch.from_numpy(positions),
+            self._pixels(scenes),
+        )
 
     def labelled_patches(self, num: int, step: int, patches: int) -> tuple[Tensor, Tensor]:
         """Fresh pictures and what covers their patches.
