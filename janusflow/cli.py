@@ -152,6 +152,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--output-dir", type=Path, metavar="DIR", help="instead of the config's")
     train.set_defaults(takes_overrides=True)
 
+    compare = add(
+        "compare", "Compare the flow head with the VQ head, going on where an earlier run stopped. "
+        "Any setting of the config can be overridden after it, by --section.key value.",
+    )  # fmt: skip
+    compare.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    compare.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the results"
+    )
+    compare.set_defaults(takes_overrides=True)
+
     evaluate = add("eval", "Score a model on a benchmark.", module="evaluate")
     benchmarks = evaluate.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     for name, help in (

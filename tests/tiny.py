@@ -42,7 +42,7 @@ _VQ = {
 
 
 def make_model(
-    processor: JanusFlowProcessor, heads: Sequence[str] = ("flow",)
+    processor: JanusFlowProcessor, heads: Sequence[str] = ("flow",), image_size: int = 64
 ) -> JanusFlowForConditionalGeneration:
     config = JanusFlowConfig(
         text_config={
@@ -65,7 +65,7 @@ def make_model(
             "patch_size": 8,
             "num_image_tokens": 16,
         },
-        flow_config={"image_size": 64, "hidden_size": 16, "time_frequencies": 16}
+        flow_config={"image_size": image_size, "hidden_size": 16, "time_frequencies": 16}
         if "flow" in heads
         else None,
         vq_config=dict(_VQ) if "vq" in heads else None,
@@ -94,12 +94,15 @@ def make_vae() -> AutoencoderKL:
     ).eval()
 
 
-def make_pipeline(heads: Sequence[str] = ("flow",)) -> JanusFlowPipeline:
-    """Always the same weights; no global random state is changed."""
+def make_pipeline(heads: Sequence[str] = ("flow",), image_size: int = 64) -> JanusFlowPipeline:
+    """Always the same weights; no global random state is changed.
+
+    The VQ head draws 32 px, the flow head `image_size`.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         processor = make_processor()
         vae = make_vae() if "flow" in heads else None
-        pipe = JanusFlowPipeline(make_model(processor, heads), processor, vae)
+        pipe = JanusFlowPipeline(make_model(processor, heads, image_size), processor, vae)
     pipe.set_progress_bar_config(disable=True)
     return pipe

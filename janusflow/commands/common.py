@@ -37,6 +37,20 @@ def check_writable(target: Path) -> None:
         raise SettingsError(f"the folder {target.parent} cannot be written: {error}") from error
 
 
+def make_output_folder(folder: Path) -> None:
+    """Makes a folder for results, unless it is there.
+
+    Raises:
+        SettingsError: If it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SettingsError(f"the folder {folder} cannot be written: {error}") from error
+
+
 def pick_device(name: str) -> torch.device:
     """The device of a name; "auto" is the first of CUDA, MPS and the CPU that is there.
 

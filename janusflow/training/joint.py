@@ -27,7 +27,7 @@ from janusflow.data.shapes.batches import ShapesBatches, picture_scene
 from janusflow.data.shapes.scene import COLORS, SHAPES, draw
 from janusflow.data.shapes.tokenizer import write_tokenizer
 from janusflow.errors import SettingsError
-from janusflow.files import atomic_folder, atomic_path
+from janusflow.files import atomic_folder, atomic_path, write_json
 from janusflow.flow.path import interpolate
 from janusflow.flow.timesteps import logit_normal, uniform
 from janusflow.models.configuration import JanusFlowConfig
@@ -297,6 +297,20 @@ class JointObjective(Objective):
             losses["vq"] = settings.drawing.vq_weight * loss
         return losses
 
+    def _record(self) -> dict[str, Any]:
+        """What both heads learned from, for comparisons."""
+        drawing, loop = self.settings.drawing, self.settings.loop
+        return {
+            "data": "shapes",
+            "heads": list(self.model.generation_heads),
+            "steps": loop.steps,
+            "seed": loop.seed,
+            "precision": loop.precision,
+            "num_pictures": drawing.num_pictures,
+            "captions_a_step": drawing.batch_size,
+            "condition_dropout_prob": drawing.condition_dropout_prob,
+        }
+
     def _pipeline(self) -> JanusFlowPipeline:
         from janusflow.pipeline import JanusFlowPipeline
 
@@ -329,6 +343,7 @@ class JointObjective(Objective):
         self.vae.register_to_config(_name_or_path="")  # else the folder it was loaded from
         with atomic_folder(folder) as scratch:
             self._pipeline().to(torch.bfloat16).save_pretrained(scratch)
+            write_json(scratch / "model" / "training.json", self._record())
         self.model.float()
 
 

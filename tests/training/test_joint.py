@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -246,6 +247,8 @@ def test_the_exported_pipeline_loads_and_names_no_folder(objective, settings, tm
     JointObjective.export(objective, tmp_path / "final")
     pipe = JanusFlowPipeline.from_pretrained(tmp_path / "final")
     assert pipe.model.generation_heads == ("flow", "vq")
+    record = json.loads((tmp_path / "final" / "model" / "training.json").read_text())
+    assert (record["steps"], record["heads"]) == (settings.loop.steps, ["flow", "vq"])
     written = (tmp_path / "final" / "vae" / "config.json").read_text()
     assert settings.autoencoder not in written
 
