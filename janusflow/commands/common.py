@@ -37,18 +37,17 @@ def check_writable(target: Path) -> None:
         raise SettingsError(f"the folder {target.parent} cannot be written: {error}") from error
 
 
-def make_output_folder(folder: Path) -> None:
-    """Makes a folder for results, unless it is there.
+def check_output_folder(folder: Path) -> None:
+    """Refuses a folder of results that could not be made or written.
 
     Raises:
-        SettingsError: If it cannot be made or written.
+        SettingsError: If it is a file, or it or the folder that it would stand in cannot be
+            written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise SettingsError(f"the folder {folder} cannot be written: {error}") from error
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise SettingsError(f"{there} is a file; -o names a folder")
+    check_writable(there / "results")
 
 
 def pick_device(name: str) -> torch.device:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from janusflow.commands.common import make_output_folder
+from janusflow.commands.common import check_output_folder
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> None:
     from janusflow.experiments.report import text_table, write_report
 
     settings = fill(CompareSettings, values, overrides)
-    make_output_folder(arguments.output)
+    check_output_folder(arguments.output)
     found = compare(settings, arguments.output, progress=sys.stderr.isatty())
     report = write_report(found, settings, arguments.output)
     for name in ("tokenizers", "generation", "cost", "timings"):

@@ -30,8 +30,12 @@ from janusflow.evaluation.features import FeatureExtractor, feature_extractor
 from janusflow.evaluation.metrics import bootstrap, frechet_distance, psnr, ssim
 from janusflow.evaluation.shapes_scorer import fulfils
 from janusflow.experiments.units import Arrays, Units
+from janusflow.flow.guidance import check_guidance_scale
+from janusflow.flow.solvers import make_solver
+from janusflow.flow.timesteps import time_grid
 from janusflow.models.autoencoder import decode
 from janusflow.models.checkpoints import describe, model_folder, resolve_model_folder
+from janusflow.models.token_sampling import token_choice
 from janusflow.pipeline import JanusFlowPipeline
 from janusflow.processing.images import load_image
 from janusflow.version import __version__
@@ -200,6 +204,7 @@ def compare(settings: CompareSettings, folder: Path, *, progress: bool = False) 
         CheckpointError: If a model cannot be loaded.
     """
     extractor = feature_extractor(settings.features)
+    _check_drawing(settings)
     prompts, requests = _prompts(settings.prompts)
     pipes = _pipelines(settings)
     sizes = {
@@ -270,6 +275,17 @@ def trained_alike(flow_model: str, vq_model: str) -> str:
         key for key in {*records[0], *records[1]} if records[0].get(key) != records[1].get(key)
     )
     return f"No: two checkpoints whose training differs in {', '.join(differing)}."
+
+
+def _check_drawing(settings: CompareSettings) -> None:
+    """Refuses settings that a head would refuse in the middle of the work."""
+    make_solver(settings.flow.solver)
+    for steps in settings.flow.num_inference_steps:
+        time_grid(steps)
+    for temperature in settings.vq.temperature:
+        token_choice(temperature, settings.vq.top_k, settings.vq.top_p, None, 1)
+    for part in (settings.flow, settings.vq):
+        check_guidance_scale(part.guidance_scale)
 
 
 def _prompts(settings: PromptSettings) -> tuple[list[str], list[Request] | None]:
