@@ -123,7 +123,8 @@ class MultiModalityCausalLM(JanusFlowForConditionalGeneration):
         """
         self.require_head("flow")
         tokens = self.flow_head.tokens(latents, timesteps.float() / 1000)
-        return tokens.skip, tokens.time_embedding, [tokens.skip]
+        skip = tokens.skip.contiguous()  # published loops take a view of it
+        return skip, tokens.time_embedding, [skip]
 
     @property
     def vision_gen_enc_aligner(self) -> nn.Module:

@@ -204,7 +204,7 @@ def _token_request(
                 f"{vq_head.image_size} px only"
             )
     temperature = 1.0 if options.temperature is None else options.temperature
-    token_choice(temperature, options.top_k, options.top_p, None, 1)
+    token_choice(temperature, options.top_k, options.top_p, torch.Generator(), 1)
     if temperature == 0:
         _warn_of_idle(options, "greedy VQ", ("top_k", "top_p"))
     input_ids, mask = _tokenize(prompts, "vq", model, processor, vq_head.num_image_tokens)

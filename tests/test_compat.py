@@ -81,7 +81,8 @@ def test_a_published_ode_loop_draws_what_the_pipeline_draws(
         doubled = torch.cat([z, z])
         timesteps = torch.tensor([step / steps * 1000.0] * len(doubled))
         encoded, time_embedding, skips = model.vision_gen_enc_model(doubled, timesteps)
-        image = model.vision_gen_enc_aligner(encoded.flatten(2).permute(0, 2, 1))
+        flat = encoded.view(encoded.shape[0], encoded.shape[1], -1)
+        image = model.vision_gen_enc_aligner(flat.permute(0, 2, 1))
         inputs = torch.cat([embeddings, time_embedding.unsqueeze(1), image], dim=1)
         outputs = model.language_model.model(
             inputs_embeds=inputs, use_cache=True, attention_mask=mask, past_key_values=past

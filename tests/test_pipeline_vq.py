@@ -101,6 +101,13 @@ def test_generators_stand_for_seeds_and_one_gives_each_image_its_own(
     assert len({tuple(row.tolist()) for row in one[0]}) == 3
 
 
+def test_a_run_leaves_global_random_state_as_it_was(pipe: JanusFlowPipeline) -> None:
+    state = torch.get_rng_state()
+    draw(pipe, [PROMPT] * 2)
+    draw(pipe, temperature=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_greedy_drawing_needs_no_seed(pipe: JanusFlowPipeline) -> None:
     assert torch.equal(draw(pipe, temperature=0).tokens, draw(pipe, temperature=0).tokens)
 

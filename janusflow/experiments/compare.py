@@ -283,7 +283,7 @@ def _check_drawing(settings: CompareSettings) -> None:
     for steps in settings.flow.num_inference_steps:
         time_grid(steps)
     for temperature in settings.vq.temperature:
-        token_choice(temperature, settings.vq.top_k, settings.vq.top_p, None, 1)
+        token_choice(temperature, settings.vq.top_k, settings.vq.top_p, torch.Generator(), 1)
     for part in (settings.flow, settings.vq):
         check_guidance_scale(part.guidance_scale)
 

@@ -48,12 +48,13 @@ def token_choice(
         )
     options = {"temperature": temperature or None, "top_k": top_k, "top_p": top_p}
     if generator is None or isinstance(generator, torch.Generator):
-        generators = spawn_generators(generator, num_images)
-    else:
+        # Greedy drawing leaves the state of a generator as it is.
+        generators = spawn_generators(generator, num_images) if temperature else []
+    elif len(generator) == num_images:
         generators = list(generator)
-    if len(generators) != num_images:
+    else:
         raise SettingsError(
-            f"got {len(generators)} generators for {num_images} images; give one for each, or one"
+            f"got {len(generator)} generators for {num_images} images; give one for each, or one"
         )
     processors = sampling_processors(options, generators)
     if temperature == 0:

@@ -137,7 +137,7 @@ class PreviewSettings:
     num: int = 48
     num_inference_steps: int = 20
     guidance_scale: float = 2.0
-    vq_guidance_scale: float = 3.0
+    vq_guidance_scale: float = 5.0
 
 
 @dataclass(frozen=True)
