@@ -59,16 +59,10 @@ def test_its_picture_is_the_same_alone_and_in_a_batch(pipe):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True, reason="trained too briefly: docs/tiny.md has the scores it reaches"
-)
 def test_its_pictures_reach_the_goal(pipe):
     assert score_pictures(pipe, num=300, num_inference_steps=30)["overall"] >= 0.85
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True, reason="trained too briefly: docs/tiny.md has the scores it reaches"
-)
 def test_its_answers_reach_the_goal(pipe):
     assert score_answers(pipe, num=300)["overall"] >= 0.85

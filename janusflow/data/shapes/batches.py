@@ -140,8 +140,13 @@ class ShapesBatches:
                     blocks[row, at:end] = turn + 1
                     positions[row, at:end] = len(begin) + np.arange(end - at)
                 at = end
-        tensors = (torch.from_numpy(array) for array in (ids, labels, blocks, positions))
-        return Conversations(*tensors, self._pixels(scenes))
+        return Conversations(
+            torch.from_numpy(ids),
+            torch.from_numpy(labels),
+            torch.from_numpy(blocks),
+            torch.from_numpy(positions),
+            self._pixels(scenes),
+        )
 
     def labelled_patches(self, num: int, step: int, patches: int) -> tuple[Tensor, Tensor]:
         """Fresh pictures and what covers their patches.
@@ -155,7 +160,7 @@ class ShapesBatches:
         return self._pixels(scenes), self._labels(scenes, patches)
 
     def picture_labels(self, indices: np.ndarray, patches: int) -> Tensor:
-        """What covers the patches of the pictures `indices`, (len(indices), 2, patches, patches)."""
+        """What covers the patches of the pictures `indices`, (num, 2, patches, patches)."""
         return self._labels([picture_scene(self.seed, int(i)) for i in indices], patches)
 
     def _labels(self, scenes: list[Scene], patches: int) -> Tensor:
