@@ -103,7 +103,7 @@ class DrawingSettings:
 class LookingSettings:
     """What the understanding path learns from."""
 
-    batch_size: int = 16
+    batch_size: int = 20
     conversation_length: int = 160
     """Tokens a conversation is padded to; it holds as many questions as fit."""
     separate_questions: float = 0.75
