@@ -60,7 +60,7 @@ class MultiModalityCausalLM(JanusFlowForConditionalGeneration):
         """Loads as `JanusFlowForConditionalGeneration` does; no code of the folder is run."""
         for name in ("trust_remote_code", "config", "adapter_kwargs", "_commit_hash"):
             kwargs.pop(name, None)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[return-value]
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def prepare_inputs_embeds(
         self,
@@ -74,8 +74,9 @@ class MultiModalityCausalLM(JanusFlowForConditionalGeneration):
 
         The masks say what the ids say, too, and are not needed.
         """
-        placeholder = input_ids == self.config.image_token_id
-        if pixel_values is None or not placeholder.any():
+        token = self.config.image_token_id
+        no_pictures = token is not None and not bool(torch.eq(input_ids, token).any())
+        if pixel_values is None or no_pictures:
             return self.embed(input_ids)
         return self.embed(input_ids, pixel_values.to(self.dtype))
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -257,23 +258,22 @@ def trained_alike(flow_model: str, vq_model: str) -> str:
     for where in (flow_model, vq_model):
         file = model_folder(resolve_model_folder(where)) / "training.json"
         records.append(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None)
-    if flow_model == vq_model and records[0] is not None:
+    first, second = records
+    if flow_model == vq_model and first is not None:
         return (
             "Yes: both heads were trained in the same steps of one run over one language model "
-            f"({records[0]['steps']} steps, the same captions and pictures)."
+            f"({first['steps']} steps, the same captions and pictures)."
         )
     if flow_model == vq_model:
         return "One language model carries both heads; how long each was trained is not recorded."
-    if None in records:
+    if first is None or second is None:
         return (
             "Not known: the heads come from two checkpoints, and not both say how they were "
             "trained. Differences may come from data or training as well as from the head."
         )
-    if records[0] == records[1]:
+    if first == second:
         return "Yes: two checkpoints with the same record of training."
-    differing = sorted(
-        key for key in {*records[0], *records[1]} if records[0].get(key) != records[1].get(key)
-    )
+    differing = sorted(key for key in {*first, *second} if first.get(key) != second.get(key))
     return f"No: two checkpoints whose training differs in {', '.join(differing)}."
 
 
@@ -379,8 +379,7 @@ class _Work:
         for start, stop in self.chunks(num):
             parts.append(
                 self.units.arrays(
-                    f"reconstructions-{start:05d}",
-                    lambda start=start, stop=stop: self._reconstruct(start, stop),
+                    f"reconstructions-{start:05d}", partial(self._reconstruct, start, stop)
                 )
             )
             bar.update()
@@ -416,8 +415,7 @@ class _Work:
         for start, stop in self.chunks(len(self.prompts)):
             parts.append(
                 self.units.arrays(
-                    f"{variant.name}-{start:05d}",
-                    lambda start=start, stop=stop: self._draw(variant, start, stop),
+                    f"{variant.name}-{start:05d}", partial(self._draw, variant, start, stop)
                 )
             )
             bar.update()
@@ -441,9 +439,9 @@ class _Work:
 
     def cost(self, variant: Variant, bar: tqdm) -> tuple[Row, Row]:
         """What one picture takes: counted, which is the same everywhere, and measured here."""
-        counted = self.units.values(f"{variant.name}-counted", lambda: self._count(variant))
+        counted = self.units.values(f"{variant.name}-counted", partial(self._count, variant))
         bar.update()
-        measured = self.units.values(f"{variant.name}-measured", lambda: self._measure(variant))
+        measured = self.units.values(f"{variant.name}-measured", partial(self._measure, variant))
         bar.update()
         return counted, measured
 

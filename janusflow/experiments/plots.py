@@ -71,7 +71,9 @@ def _curves(
     )
     for axis, measure in zip(axes[0], measures, strict=True):
         for head in ("flow", "vq"):
-            names = sorted((n for n in generation if cost[n]["head"] == head), key=places.get)
+            names = sorted(
+                (n for n in generation if cost[n]["head"] == head), key=lambda name: places[name]
+            )
             values = np.array([generation[name][measure] for name in names])
             low, high = (
                 np.array([generation[name][f"{measure}_{end}"] for name in names])

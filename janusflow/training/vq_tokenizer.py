@@ -1,9 +1,11 @@
 """Training of the small VQ tokenizer of pictures, on the shapes world.
 
-Axes: B batch, D width of a code, h w tokens. Loss: the errors of the pixels that the KL
-autoencoder has too, and, both sides of length 1, the distances of features and codes to each other
-(arXiv 1711.00937; lookup by direction as in arXiv 2110.04627). No adversary and no perceptual
-network: shapes on plain ground need neither.
+Axes: B batch, D width of a code, h w tokens. The codes are the corners of a cube, brought to length
+1, and stay where they are (arXiv 2406.07548): a bit of a token is the sign of a feature, and no code
+can be lost, which learned codes of so small a model soon are. The Janus model looks codes up by
+direction, which comes to the same. Loss: the errors of the pixels that the KL autoencoder has too,
+and the distance of features to their codes. No adversary and no perceptual network: shapes on plain
+ground need neither.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ class VQTokenizerSettings:
     task: str = "vq-tokenizer"
     output_dir: str = "runs/vq-tokenizer"
     image_size: int = 64
-    num_codes: int = 1024
-    code_width: int = 8
+    code_width: int = 10
+    """Bits of a token: 2 to this power are the codes."""
     base_channels: int = 32
     channel_multiplier: list[int] = field(default_factory=lambda: [2, 2, 2, 2])
     """By level; each level but the first halves the side. Norms have 32 groups, as published, and
@@ -47,9 +49,15 @@ class VQTokenizerSettings:
     squared_weight: float = 2.0
     object_weight: float = 4.0
     """Pixels of objects count so many times more than those of the background."""
-    commitment_weight: float = 0.25
-    """Of features that are far from their code, against codes that are far from their features."""
+    commitment_weight: float = 0.05
+    """Of the squared distance between features and their codes."""
     loop: LoopSettings = field(default_factory=LoopSettings)
+
+
+def cube_corners(width: int) -> Tensor:
+    """All vectors of ±1, (2^D, D), the bits of their numbers."""
+    bits = torch.arange(2**width)[:, None] >> torch.arange(width) & 1
+    return 2.0 * bits - 1
 
 
 class VQTokenizerObjective(Objective):
@@ -63,7 +71,7 @@ class VQTokenizerObjective(Objective):
         self.tokenizer = JanusVQVAE(
             JanusVQVAEConfig(
                 embed_dim=settings.code_width,
-                num_embeddings=settings.num_codes,
+                num_embeddings=2**settings.code_width,
                 latent_channels=settings.latent_channels,
                 base_channels=settings.base_channels,
                 channel_multiplier=settings.channel_multiplier,
@@ -71,7 +79,8 @@ class VQTokenizerObjective(Objective):
                 num_patches=settings.image_size // 2 ** (levels - 1),
             )
         )
-        nn.init.normal_(self.codebook)  # directions all around; the length does not matter
+        self.codebook.requires_grad_(False)
+        self.codebook.data.copy_(cube_corners(settings.code_width))
         self.tokenizer.to(memory_format=torch.channels_last)
 
     @property
@@ -94,20 +103,17 @@ class VQTokenizerObjective(Objective):
         )
 
     def forward(self, *, pixels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        """Reconstruction losses and distances of codes and features."""
+        """Reconstruction losses and the distance of features to their codes."""
         features = self.features(pixels)
-        tokens = nearest_codes(features.detach().movedim(1, -1), self.codebook)
-        codes = nn.functional.normalize(self.codebook[tokens], dim=-1).movedim(-1, 1)
+        codes = features.detach().sign() / features.shape[1] ** 0.5
         passed = features + (codes - features).detach()  # the gradient goes straight through
         decoded = self.tokenizer.decoder(self.tokenizer.post_quant_conv(passed)).float()
         error = decoded - pixels
         weight = object_weights(pixels, self.settings.object_weight)
-        to_codes = (features - codes.detach()).square().mean()
         return {
             "absolute": (weight * error.abs()).mean(),
             "squared": self.settings.squared_weight * (weight * error.square()).mean(),
-            "codes": (codes - features.detach()).square().mean(),
-            "commitment": self.settings.commitment_weight * to_codes,
+            "commitment": self.settings.commitment_weight * (features - codes).square().mean(),
         }
 
     def preview(self, step: int, folder: Path) -> dict[str, float]:
