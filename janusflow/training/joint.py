@@ -103,11 +103,14 @@ class DrawingSettings:
 class LookingSettings:
     """What the understanding path learns from."""
 
-    batch_size: int = 20
+    batch_size: int = 16
     conversation_length: int = 160
     """Tokens a conversation is padded to; it holds as many questions as fit."""
     separate_questions: float = 0.75
     """Share of conversations whose questions are blind to each other."""
+    where_weight: float = 1.0
+    """How much likelier a question of "where" is to be among those that fit: it is learned last,
+    as its answer about two objects tells one side from the other and nothing else."""
     loss_weight: float = 1.0
 
 
@@ -227,7 +230,11 @@ class JointObjective(Objective):
         x_1 = x_1.repeat_interleave(drawing.noises_per_picture, dim=0)
         density = logit_normal if drawing.timesteps == "logit-normal" else uniform
         conversations = self.batches.conversations(
-            looking.batch_size, step, looking.conversation_length, looking.separate_questions
+            looking.batch_size,
+            step,
+            looking.conversation_length,
+            looking.separate_questions,
+            looking.where_weight,
         )
         patch_pixels, patch_labels = self.batches.labelled_patches(
             self.settings.patches.batch_size, step, self.patches_per_side

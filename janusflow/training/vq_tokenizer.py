@@ -1,11 +1,10 @@
 """Training of the small VQ tokenizer of pictures, on the shapes world.
 
 Axes: B batch, D width of a code, h w tokens. The codes are the corners of a cube, brought to length
-1, and stay where they are (arXiv 2406.07548): a bit of a token is the sign of a feature, and no code
-can be lost, which learned codes of so small a model soon are. The Janus model looks codes up by
-direction, which comes to the same. Loss: the errors of the pixels that the KL autoencoder has too,
-and the distance of features to their codes. No adversary and no perceptual network: shapes on plain
-ground need neither.
+1, and stay where they are (arXiv 2406.07548): a bit of a token is the sign of a feature. Learned
+codes of this size fell together. Janus looks codes up by direction, which comes to the same. Loss:
+the errors of the pixels that the KL autoencoder has too; no adversary and no perceptual network:
+shapes on plain ground need neither.
 """
 
 from __future__ import annotations
@@ -49,8 +48,6 @@ class VQTokenizerSettings:
     squared_weight: float = 2.0
     object_weight: float = 4.0
     """Pixels of objects count so many times more than those of the background."""
-    commitment_weight: float = 0.05
-    """Of the squared distance between features and their codes."""
     loop: LoopSettings = field(default_factory=LoopSettings)
 
 
@@ -82,6 +79,23 @@ class VQTokenizerObjective(Objective):
         self.codebook.requires_grad_(False)
         self.codebook.data.copy_(cube_corners(settings.code_width))
         self.tokenizer.to(memory_format=torch.channels_last)
+        self._spread_features()
+
+    @torch.no_grad()
+    def _spread_features(self) -> None:
+        """Sets the last layer of the encoder so that the first features have all signs.
+
+        They are the encoder's first principal components, whitened: as random layers leave them,
+        all patches have nearly the same features, one code for all, and no gradient to leave it.
+        """
+        pixels = preview_pixels(self.settings.loop.seed, self.settings.image_size)
+        states = self.tokenizer.encoder(pixels[:32]).movedim(1, -1).flatten(0, -2).double()
+        mean = states.mean(0)
+        _, scale, directions = torch.linalg.svd(states - mean, full_matrices=False)
+        width = self.settings.code_width
+        weight = directions[:width] / (scale[:width, None] / len(states) ** 0.5)
+        self.tokenizer.quant_conv.weight.copy_(weight[:, :, None, None])
+        self.tokenizer.quant_conv.bias.copy_(-weight @ mean)
 
     @property
     def codebook(self) -> nn.Parameter:
@@ -103,7 +117,7 @@ class VQTokenizerObjective(Objective):
         )
 
     def forward(self, *, pixels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        """Reconstruction losses and the distance of features to their codes."""
+        """Reconstruction losses."""
         features = self.features(pixels)
         codes = features.detach().sign() / features.shape[1] ** 0.5
         passed = features + (codes - features).detach()  # the gradient goes straight through
@@ -113,7 +127,6 @@ class VQTokenizerObjective(Objective):
         return {
             "absolute": (weight * error.abs()).mean(),
             "squared": self.settings.squared_weight * (weight * error.square()).mean(),
-            "commitment": self.settings.commitment_weight * (features - codes).square().mean(),
         }
 
     def preview(self, step: int, folder: Path) -> dict[str, float]:

@@ -15,7 +15,7 @@ from janusflow.data.shapes import (
     held_out_requests,
     sample_scene,
 )
-from janusflow.data.shapes.batches import _shuffled
+from janusflow.data.shapes.batches import shuffled
 from janusflow.data.shapes.language import (
     Item,
     Question,
@@ -122,6 +122,6 @@ def test_yes_and_no_are_both_asked_for_and_answers_are_true():
 def test_questions_of_a_weight_come_early_as_often_as_it_says():
     rng = np.random.default_rng(0)
     questions = [Question("where", "a", "b"), *[Question("which", "c", "d")] * 4]
-    first = sum(_shuffled(questions, rng)[0].kind == "where" for _ in range(4000))
+    first = sum(shuffled(questions, rng, 4.0)[0].kind == "where" for _ in range(4000))
     assert abs(first / 4000 - 4 / (4 + 4)) < 0.03
-    assert sorted(q.text for q in _shuffled(questions, rng)) == ["a", "c", "c", "c", "c"]
+    assert sorted(q.text for q in shuffled(questions, rng, 4.0)) == ["a", "c", "c", "c", "c"]

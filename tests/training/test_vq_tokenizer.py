@@ -31,15 +31,12 @@ def test_codes_are_the_corners_of_a_cube_and_signs_find_the_nearest(objective):
     features = objective.features(objective.batch(0)["pixels"]).movedim(1, -1)
     tokens = nearest_codes(features, objective.codebook)
     assert torch.equal(objective.codebook[tokens], features.sign())
-    assert len(tokens.unique()) > 2
+    assert len(tokens.unique()) > 16  # from the start
 
 
 def test_the_gradient_of_pixels_goes_straight_through_the_lookup(objective):
     losses = objective(**objective.batch(0))
-    features = objective.features(objective.batch(0)["pixels"])
-    expected = 0.05 * (features - features.sign() / 5**0.5).square().mean()
-    torch.testing.assert_close(losses["commitment"], expected)
-    for name in ("absolute", "squared", "commitment"):
+    for name in ("absolute", "squared"):
         (reached,) = torch.autograd.grad(
             losses[name], objective.tokenizer.encoder.conv_in.weight, retain_graph=True
         )

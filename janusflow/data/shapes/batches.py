@@ -25,11 +25,6 @@ TRAINING_SHARES = (0.2, 0.55, 0.25)
 """Shares of single objects, pairs and groups: pairs take longest to learn."""
 
 
-QUESTION_WEIGHTS = {"where": 4.0}
-"""How much likelier a kind of question is to come early, where the others have 1: an answer of
-"where" about a pair tells left from right or top from bottom only, and is learned last."""
-
-
 def picture_scene(seed: int, index: int) -> Scene:
     """The scene of the picture `index` of a data set."""
     return sample_scene(np.random.default_rng([seed, 1, index]), TRAINING_SHARES)
@@ -55,10 +50,15 @@ class Conversations:
     pixel_values: Tensor
 
 
-def _shuffled(questions: list[Question], rng: np.random.Generator) -> list[Question]:
-    """Questions in random order, weighted by their kind (Efraimidis and Spirakis 2006)."""
-    weights = np.array([QUESTION_WEIGHTS.get(question.kind, 1.0) for question in questions])
-    keys = rng.random(len(questions)) ** (1 / weights)
+def shuffled(
+    questions: list[Question], rng: np.random.Generator, where_weight: float
+) -> list[Question]:
+    """Questions in random order, drawn by weights: that of "where", and 1 for all others.
+
+    A weighted shuffle (Efraimidis and Spirakis 2006): the first is drawn by its weight, and so on.
+    """
+    weights = [where_weight if question.kind == "where" else 1.0 for question in questions]
+    keys = rng.random(len(questions)) ** (1 / np.array(weights))
     return [questions[index] for index in np.argsort(-keys)]
 
 
@@ -124,13 +124,18 @@ class ShapesBatches:
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
     def conversations(
-        self, num: int, step: int, length: int, separate: float = 0.0
+        self,
+        num: int,
+        step: int,
+        length: int,
+        separate: float = 0.0,
+        where_weight: float = 1.0,
     ) -> Conversations:
         """Fresh pictures, each with as many questions and answers as `length` tokens hold.
 
         In a share `separate` of the rows each question stands alone after the picture, blind to
         the others, whose answers would give its own away; in the rest they are turns of one
-        conversation.
+        conversation. `where_weight`: see `shuffled`.
         """
         rng = np.random.default_rng([self.seed, 3, step])
         processor = self.processor
@@ -146,7 +151,7 @@ class ShapesBatches:
             at = len(begin)
             ids[row, :at] = begin
             alone = rng.random() < separate
-            for turn, question in enumerate(_shuffled(ask(scene, rng), rng)):
+            for turn, question in enumerate(shuffled(ask(scene, rng), rng, where_weight)):
                 start = "\n" if alone or turn == 0 else "User: "
                 asked = self._ids(f"{start}{question.text}\n\nAssistant:")
                 answer = (*self._ids(f" {question.answer}"), processor.eos_token_id)
