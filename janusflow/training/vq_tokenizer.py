@@ -1,10 +1,10 @@
 """Training of the small VQ tokenizer of pictures, on the shapes world.
 
-Axes: B batch, D width of a code, h w tokens. The codes are the corners of a cube, brought to length
-1, and stay where they are (arXiv 2406.07548): a bit of a token is the sign of a feature. Learned
-codes of this size fell together. Janus looks codes up by direction, which comes to the same. Loss:
-the errors of the pixels that the KL autoencoder has too; no adversary and no perceptual network:
-shapes on plain ground need neither.
+Axes: B batch, D width of a code, h w tokens. Loss: the errors of the pixels that the KL
+autoencoder has too, and, both sides of length 1, the distances of features and codes to each other
+(arXiv 1711.00937; lookup by direction as in arXiv 2110.04627). These two alone are least when all
+features are the same; what a token tells of its place in the batch is therefore rewarded
+(arXiv 2310.05737). No adversary and no perceptual network: shapes on plain ground need neither.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class VQTokenizerSettings:
     task: str = "vq-tokenizer"
     output_dir: str = "runs/vq-tokenizer"
     image_size: int = 64
-    code_width: int = 10
-    """Bits of a token: 2 to this power are the codes."""
+    num_codes: int = 1024
+    code_width: int = 8
     base_channels: int = 32
     channel_multiplier: list[int] = field(default_factory=lambda: [2, 2, 2, 2])
     """By level; each level but the first halves the side. Norms have 32 groups, as published, and
@@ -48,13 +48,31 @@ class VQTokenizerSettings:
     squared_weight: float = 2.0
     object_weight: float = 4.0
     """Pixels of objects count so many times more than those of the background."""
+    commitment_weight: float = 0.05
+    """Of features that are far from their code, against codes that are far from their features."""
+    information_weight: float = 0.05
+    """Of what a token tells, in nats."""
+    information_temperature: float = 0.1
+    """Of the soft choice of codes, by their cosine, that this is estimated with."""
     loop: LoopSettings = field(default_factory=LoopSettings)
 
 
-def cube_corners(width: int) -> Tensor:
-    """All vectors of ±1, (2^D, D), the bits of their numbers."""
-    bits = torch.arange(2**width)[:, None] >> torch.arange(width) & 1
-    return 2.0 * bits - 1
+def token_information(features: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+    """What a soft choice of codes tells of the place it was made at, in nats (a scalar).
+
+    The entropy of the mean choice minus the mean entropy of the choices: large when all codes are
+    in use and each choice is sure.
+
+    Args:
+        features: Of length 1, (…, D).
+        codebook: (K, D), of any length.
+        temperature: Divides the cosines.
+    """
+    codes = nn.functional.normalize(codebook, dim=-1)
+    log_probs = (features.flatten(0, -2) @ codes.mT / temperature).log_softmax(-1)
+    probs = log_probs.exp()
+    mean = probs.mean(0)
+    return (probs * log_probs).sum(-1).mean() - torch.xlogy(mean, mean).sum()
 
 
 class VQTokenizerObjective(Objective):
@@ -68,7 +86,7 @@ class VQTokenizerObjective(Objective):
         self.tokenizer = JanusVQVAE(
             JanusVQVAEConfig(
                 embed_dim=settings.code_width,
-                num_embeddings=2**settings.code_width,
+                num_embeddings=settings.num_codes,
                 latent_channels=settings.latent_channels,
                 base_channels=settings.base_channels,
                 channel_multiplier=settings.channel_multiplier,
@@ -76,26 +94,8 @@ class VQTokenizerObjective(Objective):
                 num_patches=settings.image_size // 2 ** (levels - 1),
             )
         )
-        self.codebook.requires_grad_(False)
-        self.codebook.data.copy_(cube_corners(settings.code_width))
+        nn.init.normal_(self.codebook)  # directions all around; the length does not matter
         self.tokenizer.to(memory_format=torch.channels_last)
-        self._spread_features()
-
-    @torch.no_grad()
-    def _spread_features(self) -> None:
-        """Sets the last layer of the encoder so that the first features have all signs.
-
-        They are the encoder's first principal components, whitened: as random layers leave them,
-        all patches have nearly the same features, one code for all, and no gradient to leave it.
-        """
-        pixels = preview_pixels(self.settings.loop.seed, self.settings.image_size)
-        states = self.tokenizer.encoder(pixels[:32]).movedim(1, -1).flatten(0, -2).double()
-        mean = states.mean(0)
-        _, scale, directions = torch.linalg.svd(states - mean, full_matrices=False)
-        width = self.settings.code_width
-        weight = directions[:width] / (scale[:width, None] / len(states) ** 0.5)
-        self.tokenizer.quant_conv.weight.copy_(weight[:, :, None, None])
-        self.tokenizer.quant_conv.bias.copy_(-weight @ mean)
 
     @property
     def codebook(self) -> nn.Parameter:
@@ -117,16 +117,24 @@ class VQTokenizerObjective(Objective):
         )
 
     def forward(self, *, pixels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        """Reconstruction losses."""
+        """Reconstruction losses and distances of codes and features."""
         features = self.features(pixels)
-        codes = features.detach().sign() / features.shape[1] ** 0.5
+        tokens = nearest_codes(features.detach().movedim(1, -1), self.codebook)
+        codes = nn.functional.normalize(self.codebook[tokens], dim=-1).movedim(-1, 1)
         passed = features + (codes - features).detach()  # the gradient goes straight through
         decoded = self.tokenizer.decoder(self.tokenizer.post_quant_conv(passed)).float()
         error = decoded - pixels
         weight = object_weights(pixels, self.settings.object_weight)
+        to_codes = (features - codes.detach()).square().mean()
+        told = token_information(
+            features.movedim(1, -1), self.codebook, self.settings.information_temperature
+        )
         return {
             "absolute": (weight * error.abs()).mean(),
             "squared": self.settings.squared_weight * (weight * error.square()).mean(),
+            "codes": (codes - features.detach()).square().mean(),
+            "commitment": self.settings.commitment_weight * to_codes,
+            "information": -self.settings.information_weight * told,
         }
 
     def preview(self, step: int, folder: Path) -> dict[str, float]:

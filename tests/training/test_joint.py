@@ -55,7 +55,7 @@ def settings(tmp_path_factory) -> JointSettings:
     values = {"block_out_channels": [8, 8, 8, 8], "batch_size": 2, "loop": {"steps": 2}}
     vae = AutoencoderObjective(fill(AutoencoderSettings, values))
     vae.export(folder / "autoencoder")
-    codes = {"code_width": 5, "channel_multiplier": [1, 1, 1, 1], "batch_size": 2}
+    codes = {"num_codes": 32, "channel_multiplier": [1, 1, 1, 1], "batch_size": 2}
     VQTokenizerObjective(fill(VQTokenizerSettings, codes)).export(folder / "vq_tokenizer")
     places = {
         "autoencoder": str(folder / "autoencoder"),

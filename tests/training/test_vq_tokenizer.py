@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch.nn.functional import normalize
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
-from janusflow.models.vq_head import nearest_codes
 from janusflow.settings import fill
 from janusflow.training.loop import train
-from janusflow.training.vq_tokenizer import VQTokenizerObjective, VQTokenizerSettings
+from janusflow.training.vq_tokenizer import (
+    VQTokenizerObjective,
+    VQTokenizerSettings,
+    token_information,
+)
 
 SMALL = {
-    "code_width": 5,
+    "num_codes": 32,
     "channel_multiplier": [1, 1, 1, 1],
     "latent_channels": 16,
     "batch_size": 4,
@@ -25,22 +31,41 @@ def objective() -> VQTokenizerObjective:
     return VQTokenizerObjective(fill(VQTokenizerSettings, SMALL))
 
 
-def test_codes_are_the_corners_of_a_cube_and_signs_find_the_nearest(objective):
-    assert objective.codebook.unique(dim=0).shape == (32, 5)
-    assert (objective.codebook.abs() == 1).all()
-    features = objective.features(objective.batch(0)["pixels"]).movedim(1, -1)
-    tokens = nearest_codes(features, objective.codebook)
-    assert torch.equal(objective.codebook[tokens], features.sign())
-    assert len(tokens.unique()) > 16  # from the start
-
-
-def test_the_gradient_of_pixels_goes_straight_through_the_lookup(objective):
+def test_losses_pull_codes_and_features_towards_each_other(objective):
     losses = objective(**objective.batch(0))
-    for name in ("absolute", "squared"):
-        (reached,) = torch.autograd.grad(
-            losses[name], objective.tokenizer.encoder.conv_in.weight, retain_graph=True
-        )
-        assert reached.any()
+    features = objective.features(objective.batch(0)["pixels"]).movedim(1, -1)
+    codes = normalize(objective.codebook, dim=-1)
+    cosine = (features @ codes.T).amax(-1)
+    expected = ((2 - 2 * cosine) / features.shape[-1]).mean()
+    torch.testing.assert_close(losses["codes"], expected)
+    torch.testing.assert_close(losses["commitment"], 0.05 * expected)
+    of_codes = torch.autograd.grad(losses["codes"], objective.codebook, retain_graph=True)[0]
+    of_features = torch.autograd.grad(
+        losses["commitment"], objective.tokenizer.quant_conv.weight, retain_graph=True
+    )[0]
+    assert of_codes.any()
+    assert of_features.any()
+    (crossed,) = torch.autograd.grad(
+        losses["commitment"], objective.codebook, allow_unused=True, retain_graph=True
+    )
+    assert crossed is None
+    # The pixels' gradient goes straight through the lookup, to the encoder and not to the codes.
+    reached = torch.autograd.grad(
+        losses["absolute"], objective.tokenizer.encoder.conv_in.weight, retain_graph=True
+    )[0]
+    assert reached.any()
+    (crossed,) = torch.autograd.grad(losses["absolute"], objective.codebook, allow_unused=True)
+    assert crossed is None
+
+
+def test_what_a_token_tells_is_none_for_one_code_and_the_log_of_all_for_sure_even_use():
+    codes = torch.eye(4)
+    same = codes[:1].expand(8, -1)
+    assert token_information(same, codes, 0.01).item() == pytest.approx(0, abs=1e-6)
+    even = codes.repeat(2, 1)
+    assert token_information(even, codes, 0.01).item() == pytest.approx(math.log(4))
+    unsure = torch.ones(8, 4) / 2
+    assert token_information(unsure, codes, 0.01).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_training_learns_and_exports_what_the_head_loads(objective, tmp_path):
