@@ -300,7 +300,8 @@ def test_a_missing_autoencoder_is_named_with_the_command_that_makes_it(tmp_path)
 )
 def test_the_shipped_configs_fit_their_settings(name, kind):
     settings = fill(kind, read_yaml(CONFIGS / f"{name}.yaml"))
-    assert settings.task == {"both_heads": "joint"}.get(name, name.replace("_", "-"))
+    tasks = {"both_heads": "joint"}
+    assert settings.task == tasks.get(name, name.replace("_", "-"))
 
 
 def test_an_unknown_density_of_times_is_refused():

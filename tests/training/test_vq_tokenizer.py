@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -11,11 +9,7 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from janusflow.settings import fill
 from janusflow.training.loop import train
-from janusflow.training.vq_tokenizer import (
-    VQTokenizerObjective,
-    VQTokenizerSettings,
-    token_information,
-)
+from janusflow.training.vq_tokenizer import VQTokenizerObjective, VQTokenizerSettings
 
 SMALL = {
     "num_codes": 32,
@@ -38,7 +32,7 @@ def test_losses_pull_codes_and_features_towards_each_other(objective):
     cosine = (features @ codes.T).amax(-1)
     expected = ((2 - 2 * cosine) / features.shape[-1]).mean()
     torch.testing.assert_close(losses["codes"], expected)
-    torch.testing.assert_close(losses["commitment"], 0.05 * expected)
+    torch.testing.assert_close(losses["commitment"], 0.25 * expected)
     of_codes = torch.autograd.grad(losses["codes"], objective.codebook, retain_graph=True)[0]
     of_features = torch.autograd.grad(
         losses["commitment"], objective.tokenizer.quant_conv.weight, retain_graph=True
@@ -56,16 +50,6 @@ def test_losses_pull_codes_and_features_towards_each_other(objective):
     assert reached.any()
     (crossed,) = torch.autograd.grad(losses["absolute"], objective.codebook, allow_unused=True)
     assert crossed is None
-
-
-def test_what_a_token_tells_is_none_for_one_code_and_the_log_of_all_for_sure_even_use():
-    codes = torch.eye(4)
-    same = codes[:1].expand(8, -1)
-    assert token_information(same, codes, 0.01).item() == pytest.approx(0, abs=1e-6)
-    even = codes.repeat(2, 1)
-    assert token_information(even, codes, 0.01).item() == pytest.approx(math.log(4))
-    unsure = torch.ones(8, 4) / 2
-    assert token_information(unsure, codes, 0.01).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_training_learns_and_exports_what_the_head_loads(objective, tmp_path):
