@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from transformers import CLIPConfig, CLIPModel
 
 from janusflow.errors import SettingsError
 from janusflow.evaluation.features import feature_extractor
@@ -76,14 +80,51 @@ def test_the_bootstrap_comes_again_from_its_seed() -> None:
 
 
 def test_pixel_features_are_mean_colours_of_a_grid() -> None:
-    import torch
-
     picture = torch.zeros(1, 3, 8, 8)
     picture[0, 1, 2:4, 6:8] = 1
     features = feature_extractor("pixels").extract(picture)
     expected = np.zeros((3, 4, 4))
     expected[1, 1, 3] = 1
     assert np.array_equal(features, expected.reshape(1, 48))
+
+
+class Network(torch.nn.Module):
+    """Called as clean-fid's Inception is: mean colours of what it is given."""
+
+    def forward(self, x: torch.Tensor, return_features: bool = True) -> torch.Tensor:
+        return x.mean(dim=(2, 3)) if return_features else x
+
+
+def test_inception_features_are_of_resized_pictures_from_0_to_255(tmp_path: Path) -> None:
+    torch.jit.script(Network()).save(str(tmp_path / "network.pt"))
+    extractor = feature_extractor(f"inception:{tmp_path / 'network.pt'}")
+    picture = torch.full((2, 3, 32, 32), 0.25)
+    picture[1] = 1.0
+    np.testing.assert_allclose(extractor.extract(picture), [[63.75] * 3, [255.0] * 3], rtol=1e-5)
+    torch.jit.script(torch.nn.Sequential(Network())).save(str(tmp_path / "other.pt"))
+    other = feature_extractor(f"inception:{tmp_path / 'other.pt'}")
+    assert extractor.hash != other.hash
+
+
+def test_clip_features_have_length_1_and_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+    part = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = CLIPConfig(
+        text_config={**part, "vocab_size": 10},
+        vision_config={**part, "image_size": 32, "patch_size": 16},
+        projection_dim=8,
+    )
+    CLIPModel(config).save_pretrained(tmp_path)
+    extractor = feature_extractor(f"clip:{tmp_path}")
+    pictures = torch.rand(33, 3, 48, 48)
+    features = extractor.extract(pictures)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(extractor.extract(pictures[5:6])[0], features[5], atol=1e-5)
+    assert np.abs(features[0] - features[1]).max() > 1e-4
 
 
 @pytest.mark.parametrize("name", ["vgg", "inception", "clip:", "inception:/nowhere.pt"])
