@@ -139,7 +139,10 @@ def _parser() -> argparse.ArgumentParser:
     convert = add("convert", "Rewrite a model in another layout, bit by bit the same weights.")
     convert.add_argument("source", metavar="SRC")
     convert.add_argument("target", type=Path, metavar="DST", help="a folder that is made")
-    convert.add_argument("--to", choices=("janusflow", "published"), default="janusflow")
+    convert.add_argument(
+        "--to", choices=("janusflow", "published", "transformers"), default="janusflow",
+        help="the project's layout (default), that of JanusFlow or Janus, transformers' of Janus",
+    )  # fmt: skip
 
     train = add(
         "train", "Train what a config describes, or go on where it stopped. Any setting of the "
@@ -148,6 +151,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", type=Path, metavar="CONFIG.yaml")
     train.add_argument("--output-dir", type=Path, metavar="DIR", help="instead of the config's")
     train.set_defaults(takes_overrides=True)
+
+    compare = add(
+        "compare", "Compare the flow head with the VQ head, going on where an earlier run stopped. "
+        "Any setting of the config can be overridden after it, by --section.key value.",
+    )  # fmt: skip
+    compare.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    compare.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the results"
+    )
+    compare.set_defaults(takes_overrides=True)
 
     evaluate = add("eval", "Score a model on a benchmark.", module="evaluate")
     benchmarks = evaluate.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
@@ -190,14 +203,23 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--head", default="flow", help="generation head (flow)")
+    parser.add_argument("--head", help="generation head: flow or vq (the model's first)")
     parser.add_argument(
-        "--steps", type=_at_least(1), default=30, metavar="N", help="intervals in time (30)"
+        "--guidance", type=_finite, metavar="W", help="1.0 is off (2.0 for flow, 5.0 for vq)"
     )
     parser.add_argument(
-        "--guidance", type=_finite, default=2.0, metavar="W", help="1.0 is off (2.0)"
+        "--steps", type=_at_least(1), metavar="N", help="flow: intervals in time (30)"
     )
-    parser.add_argument("--solver", default="euler", help="of the ODE (euler)")
+    parser.add_argument("--solver", help="flow: of the ODE (euler)")
+    parser.add_argument(
+        "--temperature", type=_finite, metavar="T", help="vq: of the draws, 0 is greedy (1.0)"
+    )
+    parser.add_argument(
+        "--top-k", type=_at_least(1), metavar="K", help="vq: draw from so many tokens (all)"
+    )
+    parser.add_argument(
+        "--top-p", type=_finite, metavar="P", help="vq: draw from the likeliest up to P (all)"
+    )
     _add_seed(parser)
 
 

@@ -18,14 +18,12 @@ from typing import Any, Literal
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from janusflow.errors import CheckpointError, SettingsError
-from janusflow.flow.guidance import check_guidance_scale
-from janusflow.flow.noise import first_seed, image_noise
-from janusflow.flow.solvers import SolveStopped, make_solver, solve
-from janusflow.flow.timesteps import time_grid
+from janusflow.flow.noise import first_seed
+from janusflow.flow.solvers import SolveStopped, solve
 from janusflow.models.answers import SAMPLING_OPTIONS, sampling_processors, stream_text
 from janusflow.models.autoencoder import (
     SDXL_VAE,
@@ -36,13 +34,18 @@ from janusflow.models.autoencoder import (
     without_float16,
 )
 from janusflow.models.modeling import JanusFlowForConditionalGeneration
+from janusflow.models.token_sampling import draw_tokens, token_choice
 from janusflow.processing.processor import JanusFlowProcessor
+from janusflow.requests import DrawOptions, Request, check_count, check_request
 
 OutputType = Literal["pil", "pt", "np", "latent"]
-OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 
 StepEndCallback = Callable[["JanusFlowPipeline", int, float, dict[str, Tensor]], "dict | None"]
-"""`callback(pipe, step, t, {"latents": …})` after every step, t the time that was reached."""
+"""`callback(pipe, step, t, {"latents": …})` after every step, t the time that was reached.
+
+For the VQ head `callback(pipe, index, share, {"tokens": …})` after every token, share the part of
+all tokens that is drawn.
+"""
 
 # Of `GenerationConfig`, but said otherwise here, or changing what `generate` returns.
 _NOT_OF_CHAT = {"max_length", "num_return_sequences", "return_dict_in_generate"}
@@ -56,33 +59,23 @@ class JanusFlowOutput:
 
     Attributes:
         images: By `output_type`: PIL images; "pt" float32 (B, 3, H, W) in [0, 1] on the CPU; "np"
-            float32 (B, H, W, 3) in [0, 1]; "latent" the latents.
-        latents: Scaled latents, float32 (B, C, H/8, W/8), on the pipeline's device.
-        nfe: Evaluations of the guided velocity for each image.
+            float32 (B, H, W, 3) in [0, 1]; "latent" the latents or tokens.
+        latents: Of the flow head: scaled latents, float32 (B, C, H/8, W/8), on the pipeline's
+            device.
+        nfe: Evaluations that follow each other: of the guided velocity, or of tokens' logits.
         num_forward_passes: Rows that the network computed for each image; guidance doubles them.
         seeds: Seed of each image, or None where `generator` or `latents` was given: an image comes
             again from its prompt, its seed and the settings alone.
+        tokens: Of the VQ head: int64 (B, N), on the pipeline's device. Of a call that was
+            interrupted, as many as were drawn; its images show token 0 in all other places.
     """
 
     images: Any
-    latents: Tensor
+    latents: Tensor | None
     nfe: int
     num_forward_passes: int
     seeds: tuple[int, ...] | None
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A checked call: prompts as ids, noise, and what the loop needs."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    noise: Tensor
-    seeds: tuple[int, ...] | None
-    times: Tensor
-    guidance_scale: float
-    images_per_prompt: int
-    batch_size: int
+    tokens: Tensor | None = None
 
 
 class JanusFlowPipeline(DiffusionPipeline):
@@ -103,7 +96,7 @@ class JanusFlowPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "model->vae"
     _optional_components = ["vae"]  # noqa: RUF012 - diffusers declares it a list
-    _callback_tensor_inputs = ("latents",)
+    _callback_tensor_inputs = ("latents", "tokens")
 
     model: JanusFlowForConditionalGeneration
     processor: JanusFlowProcessor
@@ -216,10 +209,13 @@ class JanusFlowPipeline(DiffusionPipeline):
         self,
         prompt: str | Sequence[str],
         *,
-        head: str = "flow",
+        head: str | None = None,
         num_inference_steps: int = 30,
-        guidance_scale: float = 2.0,
+        guidance_scale: float | None = None,
         solver: str = "euler",
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -228,34 +224,41 @@ class JanusFlowPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: StepEndCallback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
         batch_size: int | None = None,
     ) -> JanusFlowOutput:
         """Draws pictures.
 
-        An image depends on its prompt, its noise and the settings, and on nothing else. Image i of
-        all images, prompt by prompt, has the noise of seed `seed + i`, from a CPU generator of its
-        own.
+        An image depends on its prompt, its random numbers and the settings, and on nothing else.
+        Image i of all images, prompt by prompt, has those of seed `seed + i`, from a CPU generator
+        of its own: the noise of the flow head, the draws of the VQ head.
 
         Args:
             prompt: One text or several; "" draws without a condition.
-            head: The generation head, one of `model.generation_heads`.
-            num_inference_steps: Intervals of the time grid.
-            guidance_scale: Weight of classifier-free guidance; 1.0 = off, at half the cost.
-            solver: A name in `janusflow.flow.solvers.SOLVERS`.
+            head: "flow" or "vq", one of `model.generation_heads`; their first when not given, and
+                that is "flow" where there are both.
+            num_inference_steps: Intervals of the time grid, for the flow head.
+            guidance_scale: Weight of classifier-free guidance; 1.0 = off, at half the cost. The
+                published 2.0 (flow) or 5.0 (VQ) when not given.
+            solver: A name in `janusflow.flow.solvers.SOLVERS`, for the flow head.
+            temperature: Divides the logits, for the VQ head; 0 takes the likeliest tokens, 1.0 when
+                not given.
+            top_k: Keeps so many tokens, for the VQ head.
+            top_p: Keeps the likeliest tokens up to this probability, for the VQ head.
             num_images_per_prompt: n.
             height: In pixels, a multiple of latent cell times patch; the trained size when not
-                given.
+                given, which is the only one of the VQ head.
             width: As `height`.
             seed: Of the first image; drawn when not given. `seeds` of the output has them all.
             generator: Instead of a seed: CPU generators, one for each image, or a single one that
-                the images draw from one after another.
-            latents: Instead of both: the noise `x_0` of all images, (P · n, C, H/8, W/8); float64
-                noise is integrated in float64, all other in float32.
-            output_type: "pil", "pt", "np" or "latent".
+                the images' noise, or the seeds of their draws, come from one after another.
+            latents: Instead of both, for the flow head: the noise `x_0` of all images,
+                (P · n, C, H/8, W/8); float64 noise is integrated in float64, all other in float32.
+            output_type: "pil", "pt", "np" or "latent" (latents or tokens).
             callback_on_step_end: See `StepEndCallback`; latents in the dict that it returns replace
                 those of the step. With `batch_size` it sees one batch after the other.
-            callback_on_step_end_tensor_inputs: What its dict holds; there is "latents" only.
+            callback_on_step_end_tensor_inputs: What its dict holds: there is "latents" for the flow
+                head and "tokens" for the VQ head.
             batch_size: Images that the model computes at once, all when not given. A prompt is run
                 through the language model once for each batch that it has images in.
 
@@ -263,12 +266,15 @@ class JanusFlowPipeline(DiffusionPipeline):
             PromptError: If there is no prompt, one is no text, or one exceeds the context.
             SettingsError: If a setting is unknown or out of range.
         """
-        request = self._check_inputs(
-            prompt,
+        head = self.pick_head(head)
+        options = DrawOptions(
             head=head,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             solver=solver,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
             num_images_per_prompt=num_images_per_prompt,
             height=height,
             width=width,
@@ -276,55 +282,85 @@ class JanusFlowPipeline(DiffusionPipeline):
             generator=generator,
             latents=latents,
             output_type=output_type,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback_inputs=callback_on_step_end_tensor_inputs,
             batch_size=batch_size,
+        )
+        request = check_request(
+            options, prompt, self.model, self.processor, has_vae=self.vae is not None
         )
         self._interrupt = False
         _load_to_accelerator(self.model)
-        x = request.noise.to(self._execution_device)
+        draw = self._draw_latents if head == "flow" else self._draw_tokens
         parts, most = [], 0
-        batches = range(0, len(x), request.batch_size)
-        with self.progress_bar(total=len(batches) * num_inference_steps) as bar:
+        batches = range(0, request.num_images, request.batch_size)
+        with self.progress_bar(total=len(batches) * request.num_steps) as bar:
             for start in batches:
-                part, evaluations = self._draw(
-                    request, x[start : start + request.batch_size], start, solver=solver,
-                    callback=callback_on_step_end, inputs=callback_on_step_end_tensor_inputs,
-                    tick=bar.update,
-                )  # fmt: skip
+                stop = min(start + request.batch_size, request.num_images)
+                part, evaluations = draw(request, start, stop, callback_on_step_end, bar.update)
                 parts.append(part)
                 most = max(most, evaluations)
-        drawn = torch.cat(parts)
-        images = self._to_images(drawn, output_type)
+        images: Any
+        latents = tokens = None
+        if head == "flow":
+            images = latents = torch.cat(parts)
+            if output_type != "latent":
+                images = _as_images(decode(without_float16(self.vae), latents), output_type)
+        else:
+            tokens = nn.utils.rnn.pad_sequence([row for part in parts for row in part], True)
+            images = tokens
+            if output_type != "latent":
+                missing = self.model.vq_head.num_image_tokens - tokens.shape[1]
+                whole = nn.functional.pad(tokens, (0, missing))
+                images = _as_images(self.model.vq_head.decode(whole), output_type)
         self.maybe_free_model_hooks()
         rows = 1 if request.guidance_scale == 1.0 else 2
-        return JanusFlowOutput(images, drawn, most, most * rows, request.seeds)
+        return JanusFlowOutput(images, latents, most, most * rows, request.seeds, tokens)
 
-    def _draw(
-        self,
-        request: _Request,
-        x_0: Tensor,
-        start: int,
-        *,
-        solver: str,
-        callback: StepEndCallback | None,
-        inputs: Sequence[str],
-        tick: Callable[[], object],
-    ) -> tuple[Tensor, int]:
-        """Latents of the images from `start` on, whose noise is x_0, and the evaluations made."""
-        if self._interrupt:
-            return x_0, 0
-        owners = torch.arange(start, start + len(x_0)) // request.images_per_prompt
+    def pick_head(self, head: str | None = None) -> str:
+        """The head to draw with: the given one, or else the first that the model holds.
+
+        Raises:
+            SettingsError: If the model does not hold it.
+        """
+        if head is None:
+            held = self.model.generation_heads
+            head = held[0] if held else "flow"
+        self.model.require_head(head)
+        return head
+
+    def _prompts(self, request: Request, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids and mask of the prompts of images `start` to `stop`, and each image's row in them."""
+        owners = torch.arange(start, stop) // request.images_per_prompt
         first, last = int(owners[0]), int(owners[-1]) + 1
         input_ids, mask = request.input_ids[first:last], request.attention_mask[first:last]
         longest = int(mask.sum(1).max())
-        input_ids, mask = (v[:, -longest:].to(x_0.device) for v in (input_ids, mask))
+        device = self._execution_device
+        return (
+            input_ids[:, -longest:].to(device),
+            mask[:, -longest:].to(device),
+            (owners - first).to(device),
+        )
+
+    def _draw_latents(
+        self,
+        request: Request,
+        start: int,
+        stop: int,
+        callback: StepEndCallback | None,
+        tick: Callable[[], object],
+    ) -> tuple[Tensor, int]:
+        """Latents of the images `start` to `stop`, and the evaluations made."""
+        assert request.noise is not None
+        assert request.times is not None
+        x_0 = request.noise[start:stop].to(self._execution_device)
+        if self._interrupt:
+            return x_0, 0
+        input_ids, mask, owners = self._prompts(request, start, stop)
         prefix = self.model.encode_prompt(input_ids, mask)
         free = None
         if request.guidance_scale != 1.0:
             free = self.model.encode_unconditional(input_ids, mask)
-        field = self.model.guided_field(
-            prefix.select((owners - first).to(x_0.device)), free, request.guidance_scale
-        )
+        field = self.model.guided_field(prefix.select(owners), free, request.guidance_scale)
         evaluations, reached = 0, x_0
 
         def counted(x: Tensor, t: Tensor) -> Tensor:
@@ -336,7 +372,7 @@ class JanusFlowPipeline(DiffusionPipeline):
             nonlocal reached
             reached = x
             if callback is not None:
-                held = dict.fromkeys(inputs, x)
+                held = dict.fromkeys(request.callback_inputs, x)
                 changed = callback(self, step, float(t), held) or {}
                 reached = _fitting(changed.get("latents", x), x)
             tick()
@@ -345,93 +381,49 @@ class JanusFlowPipeline(DiffusionPipeline):
             return reached
 
         with contextlib.suppress(SolveStopped):  # `reached` is what a whole run ends in, too
-            solve(counted, x_0, request.times, solver=solver, on_step=on_step)
+            solve(counted, x_0, request.times, solver=request.solver, on_step=on_step)
         return reached, evaluations
 
-    def _check_inputs(
+    def _draw_tokens(
         self,
-        prompt: str | Sequence[str],
-        *,
-        head: str,
-        num_inference_steps: int,
-        guidance_scale: float,
-        solver: str,
-        num_images_per_prompt: int,
-        height: int | None,
-        width: int | None,
-        seed: int | None,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        latents: Tensor | None,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: Sequence[str],
-        batch_size: int | None,
-    ) -> _Request:
-        """All checks of a call, before anything is computed."""
-        self.model.require_head(head)
-        config = self.model.flow_config
-        times = time_grid(num_inference_steps)
-        scale = check_guidance_scale(guidance_scale)
-        make_solver(solver)
-        _check_count("num_images_per_prompt", num_images_per_prompt)
-        if batch_size is not None:
-            _check_count("batch_size", batch_size)
-        if output_type not in OUTPUT_TYPES:
-            raise SettingsError(
-                f"output_type is {output_type!r}; expected one of {', '.join(OUTPUT_TYPES)}"
-            )
-        if self.vae is None and output_type != "latent":
-            raise SettingsError(
-                f"output_type {output_type!r} needs an autoencoder and this pipeline has none: "
-                'pass output_type="latent", or load it with vae=FOLDER'
-            )
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise SettingsError(
-                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; known: "
-                f"{', '.join(self._callback_tensor_inputs)}"
-            )
-        cell = config.vae_scale_factor * config.patch_size
-        for name, side in (("height", height), ("width", width)):
-            if side is not None:
-                _check_count(name, side)
-                if side % cell:
-                    raise SettingsError(f"{name} must be a multiple of {cell} pixels, got {side}")
-        rows = (height or config.image_size) // config.vae_scale_factor
-        columns = (width or config.image_size) // config.vae_scale_factor
-        num_tokens = rows * columns // config.patch_size**2
-        room = self._context - num_tokens
-        if room < 2:
-            raise SettingsError(
-                f"a picture of {num_tokens} tokens leaves no room for a prompt in the context of "
-                f"{room + num_tokens}; draw a smaller one"
-            )
-        input_ids, mask = self.processor.generation_prompts(
-            [prompt] if isinstance(prompt, str) else prompt, tag="flow", max_length=room
-        )
-        total = len(input_ids) * num_images_per_prompt
-        shape = (config.latent_channels, rows, columns)
-        noise, seeds = image_noise(total, shape, seed=seed, generator=generator, latents=latents)
-        return _Request(
-            input_ids,
-            mask,
-            noise,
-            seeds,
-            times,
-            scale,
-            num_images_per_prompt,
-            min(batch_size or total, total),
-        )
+        request: Request,
+        start: int,
+        stop: int,
+        callback: StepEndCallback | None,
+        tick: Callable[[], object],
+    ) -> tuple[Tensor, int]:
+        """Tokens of the images `start` to `stop`, and how many of each were drawn."""
+        assert request.generators is not None
+        if self._interrupt:
+            return torch.zeros(stop - start, 0, dtype=torch.long), 0
+        input_ids, mask, owners = self._prompts(request, start, stop)
+        guided = request.guidance_scale != 1.0
+        pad = self.processor.pad_token_id if guided else None
+        prefix, hidden = self.model.encode_token_prompt(input_ids, mask, pad)
+        rows = torch.cat([owners, owners + len(input_ids)]) if guided else owners
 
-    def _to_images(self, latents: Tensor, output_type: str) -> Any:
-        if output_type == "latent" or self.vae is None:
-            return latents
-        pixels = decode(without_float16(self.vae), latents) / 2 + 0.5
-        if output_type == "pt":
-            return pixels
-        channels_last = pixels.permute(0, 2, 3, 1)
-        if output_type == "np":
-            return channels_last.numpy()
-        return [Image.fromarray(one) for one in (255 * channels_last).round().byte().numpy()]
+        def on_token(index: int, tokens: Tensor) -> bool:
+            if callback is not None:
+                held = dict.fromkeys(request.callback_inputs, tokens)
+                if callback(self, index, (index + 1) / request.num_steps, held):
+                    raise SettingsError(
+                        "callback_on_step_end gave tokens back; those of the VQ head cannot be "
+                        "exchanged: return None"
+                    )
+            tick()
+            return self._interrupt
+
+        sampling = request.temperature, request.top_k, request.top_p
+        tokens = draw_tokens(
+            self.model,
+            prefix.select(rows),
+            hidden[rows],
+            num_tokens=request.num_steps,
+            guidance_scale=request.guidance_scale,
+            choose=token_choice(*sampling, request.generators[start:stop], stop - start),
+            on_token=on_token,
+        )
+        return tokens, tokens.shape[1]
 
     # Answers
 
@@ -478,7 +470,7 @@ class JanusFlowPipeline(DiffusionPipeline):
             ImageError: If a picture cannot be read.
             SettingsError: If an option is unknown or out of range.
         """
-        _check_count("max_new_tokens", max_new_tokens)
+        check_count("max_new_tokens", max_new_tokens)
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         for name in set(generate_options) & set(SAMPLING_OPTIONS):
             sampling[name] = generate_options.pop(name)
@@ -557,11 +549,6 @@ def _load_to_accelerator(module: torch.nn.Module) -> None:
         hook.pre_forward(module)
 
 
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SettingsError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
 def _check_generate_options(options: Mapping[str, Any]) -> None:
     known = set(vars(GenerationConfig())) - _NOT_OF_CHAT
     for name in options:
@@ -569,6 +556,17 @@ def _check_generate_options(options: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise SettingsError(f"unknown option {name!r} of chat(){hint}")
+
+
+def _as_images(pixels: Tensor, output_type: str) -> Any:
+    """Pixels (B, 3, H, W) in [-1, 1] as the type that was asked for."""
+    pixels = pixels / 2 + 0.5
+    if output_type == "pt":
+        return pixels
+    channels_last = pixels.permute(0, 2, 3, 1)
+    if output_type == "np":
+        return channels_last.numpy()
+    return [Image.fromarray(one) for one in (255 * channels_last).round().byte().numpy()]
 
 
 def _fitting(latents: Any, like: Tensor) -> Tensor:

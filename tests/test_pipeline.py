@@ -450,7 +450,7 @@ def test_parts_that_do_not_belong_together_are_refused(pipe: JanusFlowPipeline) 
         ("a", {"num_inference_steps": "3"}, SettingsError, "whole number"),
         ("a", {"guidance_scale": float("nan")}, SettingsError, "finite"),
         ("a", {"guidance_scale": float("inf")}, SettingsError, "finite"),
-        ("a", {"guidance_scale": None}, SettingsError, "finite"),
+        ("a", {"guidance_scale": "much"}, SettingsError, "finite"),
         ("a", {"solver": "oiler"}, SettingsError, "euler"),
         ("a", {"num_images_per_prompt": 0}, SettingsError, "num_images_per_prompt"),
         ("a", {"batch_size": 0}, SettingsError, "batch_size"),

@@ -6,6 +6,7 @@ Its pictures are noise and its answers nonsense; everything else is as with a tr
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +30,20 @@ def make_processor() -> JanusFlowProcessor:
     return processor
 
 
-def make_model(processor: JanusFlowProcessor) -> JanusFlowForConditionalGeneration:
+_VQ = {
+    "base_channels": 32,
+    "channel_multiplier": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "latent_channels": 32,
+    "embed_dim": 4,
+    "num_embeddings": 40,
+    "num_patches": 4,
+}
+
+
+def make_model(
+    processor: JanusFlowProcessor, heads: Sequence[str] = ("flow",), image_size: int = 64
+) -> JanusFlowForConditionalGeneration:
     config = JanusFlowConfig(
         text_config={
             "vocab_size": len(processor.tokenizer),
@@ -51,7 +65,10 @@ def make_model(processor: JanusFlowProcessor) -> JanusFlowForConditionalGenerati
             "patch_size": 8,
             "num_image_tokens": 16,
         },
-        flow_config={"image_size": 64, "hidden_size": 16, "time_frequencies": 16},
+        flow_config={"image_size": image_size, "hidden_size": 16, "time_frequencies": 16}
+        if "flow" in heads
+        else None,
+        vq_config=dict(_VQ) if "vq" in heads else None,
         image_token_id=processor.image_token_id,
         pad_token_id=processor.pad_token_id,
     )
@@ -77,11 +94,15 @@ def make_vae() -> AutoencoderKL:
     ).eval()
 
 
-def make_pipeline() -> JanusFlowPipeline:
-    """Always the same weights; no global random state is changed."""
+def make_pipeline(heads: Sequence[str] = ("flow",), image_size: int = 64) -> JanusFlowPipeline:
+    """Always the same weights; no global random state is changed.
+
+    The VQ head draws 32 px, the flow head `image_size`.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         processor = make_processor()
-        pipe = JanusFlowPipeline(make_model(processor), processor, make_vae())
+        vae = make_vae() if "flow" in heads else None
+        pipe = JanusFlowPipeline(make_model(processor, heads, image_size), processor, vae)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import torch
 
     from janusflow.pipeline import JanusFlowPipeline
+
+logger = logging.getLogger(__name__)
 
 
 def check_writable(target: Path) -> None:
@@ -32,6 +35,19 @@ def check_writable(target: Path) -> None:
             pass
     except OSError as error:
         raise SettingsError(f"the folder {target.parent} cannot be written: {error}") from error
+
+
+def check_output_folder(folder: Path) -> None:
+    """Refuses a folder of results that could not be made or written.
+
+    Raises:
+        SettingsError: If it is a file, or it or the folder that it would stand in cannot be
+            written.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise SettingsError(f"{there} is a file; -o names a folder")
+    check_writable(there / "results")
 
 
 def pick_device(name: str) -> torch.device:
@@ -83,6 +99,39 @@ def load_pipeline(arguments: argparse.Namespace, *, pictures: bool = True) -> Ja
     return pipe
 
 
+_OPTIONS = {  # of each head: the pipeline's argument, the command's, its default
+    "flow": (("num_inference_steps", "steps", 30), ("solver", "solver", "euler")),
+    "vq": (("temperature", "temperature", 1.0), ("top_k", "top_k", None), ("top_p", "top_p", None)),
+}
+
+
+def drawing_options(arguments: argparse.Namespace, pipe: JanusFlowPipeline) -> dict[str, Any]:
+    """What `--head`, `--guidance` and the head's own options ask of the pipeline.
+
+    Defaults are written back to the arguments, for `resolved_settings`; a warning names options of
+    the other head.
+
+    Raises:
+        SettingsError: If the model does not hold the head.
+    """
+    from janusflow.requests import GUIDANCE_SCALES
+
+    head = arguments.head = pipe.pick_head(arguments.head)
+    if arguments.guidance is None:
+        arguments.guidance = GUIDANCE_SCALES[head]
+    options: dict[str, Any] = {"head": head, "guidance_scale": arguments.guidance}
+    for owner, entries in _OPTIONS.items():
+        for keyword, name, default in entries:
+            given = getattr(arguments, name)
+            if owner == head:
+                options[keyword] = default if given is None else given
+                setattr(arguments, name, options[keyword])
+            elif given is not None:
+                logger.warning("the %s head makes no use of --%s", head, name.replace("_", "-"))
+                setattr(arguments, name, None)
+    return options
+
+
 def resolved_settings(
     arguments: argparse.Namespace, pipe: JanusFlowPipeline, **more: Any
 ) -> dict[str, Any]:
@@ -94,7 +143,11 @@ def resolved_settings(
     from janusflow.models.checkpoints import resolve_model_folder, weights_hash
 
     skipped = ("module", "takes_overrides", "prompts", "output", "grid", "json", "sheet")
-    given = {key: value for key, value in vars(arguments).items() if key not in skipped}
+    given = {
+        key: value
+        for key, value in vars(arguments).items()
+        if key not in skipped and value is not None
+    }
     return {
         **given,
         "device": str(pipe.device),

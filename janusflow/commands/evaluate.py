@@ -6,7 +6,12 @@ import argparse
 import sys
 from typing import Any
 
-from janusflow.commands.common import check_writable, load_pipeline, resolved_settings
+from janusflow.commands.common import (
+    check_writable,
+    drawing_options,
+    load_pipeline,
+    resolved_settings,
+)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -23,16 +28,11 @@ def run(arguments: argparse.Namespace) -> None:
     options["progress"] = sys.stderr.isatty()
     if arguments.batch_size is not None:
         options["batch_size"] = arguments.batch_size
-    if draws:
+    if draws and arguments.solver is not None:
         make_solver(arguments.solver)
-        options |= {
-            "head": arguments.head,
-            "num_inference_steps": arguments.steps,
-            "guidance_scale": arguments.guidance,
-            "solver": arguments.solver,
-            "sheet": arguments.sheet,
-        }
     pipe = load_pipeline(arguments, pictures=draws)
+    if draws:
+        options |= {"sheet": arguments.sheet, **drawing_options(arguments, pipe)}
     scores = (score_pictures if draws else score_answers)(pipe, **options)
     print_table(scores)
     if arguments.json is not None:

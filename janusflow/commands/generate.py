@@ -9,7 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from janusflow.commands.common import check_writable, load_pipeline, resolved_settings
+from janusflow.commands.common import (
+    check_writable,
+    drawing_options,
+    load_pipeline,
+    resolved_settings,
+)
 from janusflow.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -32,16 +37,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     from janusflow.flow.solvers import make_solver
 
-    make_solver(arguments.solver)
+    if arguments.solver is not None:
+        make_solver(arguments.solver)
     pipe = load_pipeline(arguments)
     result = pipe(
         arguments.prompts,
-        head=arguments.head,
-        num_inference_steps=arguments.steps,
-        guidance_scale=arguments.guidance,
-        solver=arguments.solver,
         num_images_per_prompt=arguments.num_images,
         seed=arguments.seed,
+        **drawing_options(arguments, pipe),
     )
     settings = resolved_settings(
         arguments, pipe, nfe=result.nfe, num_forward_passes=result.num_forward_passes

@@ -46,13 +46,34 @@ def image_noise(
         raise SettingsError(f"{' and '.join(given)} all say what the noise is; give one of them")
     if latents is not None:
         return _checked_latents(latents, (total, *shape)), None
+    generators, seeds = image_generators(total, seed=seed, generator=generator)
+    return torch.stack([torch.randn(shape, generator=one) for one in generators]), seeds
+
+
+def image_generators(
+    total: int,
+    *,
+    seed: int | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+) -> tuple[list[torch.Generator], tuple[int, ...] | None]:
+    """A CPU generator for each of `total` images, and their seeds; see `image_noise`.
+
+    Raises:
+        SettingsError: If both sources are given, or one does not fit.
+    """
+    if seed is not None and generator is not None:
+        raise SettingsError("seed and generator both say what is random; give one of them")
     if generator is not None:
-        generators = _checked_generators(generator, total)
-        return torch.stack([torch.randn(shape, generator=one) for one in generators]), None
+        return _checked_generators(generator, total), None
     first = first_seed(seed, total)
     seeds = tuple(range(first, first + total))
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(one)) for one in seeds]
-    return torch.stack(noise), seeds
+    return [torch.Generator().manual_seed(one) for one in seeds], seeds
+
+
+def spawn_generators(generator: torch.Generator | None, total: int) -> list[torch.Generator]:
+    """CPU generators, one for each image, with seeds drawn from one; None = torch's default."""
+    seeds = torch.randint(_LARGEST_SEED, (total,), generator=generator).tolist()
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def first_seed(seed: int | None, total: int) -> int:

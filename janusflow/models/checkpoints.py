@@ -23,7 +23,6 @@ from janusflow.models.folders import Checkpoint, open_checkpoint, resolve_model_
 from janusflow.models.layouts import (
     CONFIG_FILE,
     OURS,
-    PUBLISHED,
     identify_layout,
     model_folder,
     read_config,
@@ -210,13 +209,13 @@ def _place(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def _set_generation_config(checkpoint: Checkpoint) -> None:
-    """So that `generate` stops: ids by name in the published layout, as saved in ours."""
+    """So that `generate` stops: ids by name in the layouts of others, as saved in ours."""
     config, model = checkpoint.config, checkpoint.model
     text: Any = config.text_config
     saved = (checkpoint.folder / "generation_config.json").is_file()
     if saved:
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
-    if not saved or checkpoint.layout == PUBLISHED:
+    if not saved or checkpoint.layout != OURS:
         model.generation_config.bos_token_id = text.bos_token_id
         model.generation_config.eos_token_id = text.eos_token_id
         model.generation_config.pad_token_id = config.pad_token_id

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from transformers import LlamaConfig, PreTrainedConfig
-from transformers.models.janus.configuration_janus import JanusVisionConfig
+from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 
 from janusflow.errors import SettingsError
 
@@ -90,6 +90,8 @@ class JanusFlowConfig(PreTrainedConfig):
         vision_config: The SigLIP tower (`image_size`, `patch_size`, …) and its aligner
             (`depth` linear layers into `projection_dim`).
         flow_config: The flow head, or None for a model without one.
+        vq_config: The VQ head with its tokenizer of pictures (`num_patches` tokens a side), or None
+            for a model without one.
         learned_begin_embedding: Whether a learned vector stands in for the embedding of
             `<begin_of_image>` in understanding (JanusFlow) or not (Janus).
         image_token_id: Id of the placeholder that image features replace. None, for weights that
@@ -104,11 +106,13 @@ class JanusFlowConfig(PreTrainedConfig):
         "text_config": LlamaConfig,
         "vision_config": JanusVisionConfig,
         "flow_config": FlowHeadConfig,
+        "vq_config": JanusVQVAEConfig,
     }
 
     text_config: Any = None  # a mapping or config when given, a config ever after
     vision_config: Any = None
     flow_config: Any = None
+    vq_config: Any = None
     learned_begin_embedding: bool = True
     image_token_id: int | None = None
     pad_token_id: int | None = None
@@ -124,6 +128,14 @@ class JanusFlowConfig(PreTrainedConfig):
             self.vision_config = JanusVisionConfig(**{**values, **(self.vision_config or {})})
         if isinstance(self.flow_config, dict):
             self.flow_config = FlowHeadConfig(**self.flow_config)
+        if isinstance(self.vq_config, dict):
+            width, vision = self.text_config.hidden_size, self.vision_config
+            values = {
+                "num_patches": vision.image_size // vision.patch_size,
+                "projection_dim": width,
+                "image_token_embed_dim": width,
+            }
+            self.vq_config = JanusVQVAEConfig(**{**values, **self.vq_config})
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         super().__post_init__(**kwargs)
         if self.vision_config.projection_dim != self.text_config.hidden_size:
@@ -131,6 +143,13 @@ class JanusFlowConfig(PreTrainedConfig):
                 f"vision_config.projection_dim {self.vision_config.projection_dim} must equal "
                 f"text_config.hidden_size {self.text_config.hidden_size}"
             )
+        if self.vq_config is not None:
+            for key in ("projection_dim", "image_token_embed_dim"):
+                if getattr(self.vq_config, key) != self.text_config.hidden_size:
+                    raise SettingsError(
+                        f"vq_config.{key} {getattr(self.vq_config, key)} must equal "
+                        f"text_config.hidden_size {self.text_config.hidden_size}"
+                    )
 
     @property
     def num_understanding_tokens(self) -> int:
@@ -141,4 +160,5 @@ class JanusFlowConfig(PreTrainedConfig):
     @property
     def generation_heads(self) -> tuple[str, ...]:
         """Names of the heads that the model holds."""
-        return ("flow",) if self.flow_config is not None else ()
+        heads = {"flow": self.flow_config, "vq": self.vq_config}
+        return tuple(name for name, config in heads.items() if config is not None)

@@ -14,8 +14,19 @@ from transformers import PreTrainedModel
 from janusflow.errors import CheckpointError, SettingsError
 from janusflow.files import atomic_folder, write_json
 from janusflow.models.folders import TEXT_FILES, Checkpoint, open_checkpoint, resolve_model_folder
-from janusflow.models.layouts import CONFIG_FILE, OURS, PUBLISHED, model_folder, slots, token_ids
+from janusflow.models.janus_config import config_to_janus, config_to_transformers
+from janusflow.models.layouts import (
+    CONFIG_FILE,
+    JANUS_PUBLISHED,
+    JANUS_TRANSFORMERS,
+    OURS,
+    PUBLISHED,
+    model_folder,
+    slots,
+    token_ids,
+)
 from janusflow.models.published_config import config_to_published
+from janusflow.models.transformers_files import write_transformers_files
 from janusflow.models.weight_files import (
     SHARD_BYTES,
     UNUSED_FILE,
@@ -26,7 +37,7 @@ from janusflow.models.weight_files import (
     write_weights,
 )
 
-_LAYOUTS = {OURS: OURS, "published": PUBLISHED}
+LAYOUTS = (OURS, "published", "transformers")
 
 
 def convert(
@@ -36,16 +47,17 @@ def convert(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Writes a model in the other layout, with the very same numbers.
+    """Writes a model in another layout, with the very same numbers.
 
     Tokenizer, processor and other text files are copied, and so is a `vae` folder. Tensors of the
-    published layout that no model reads are kept as `unused.safetensors` in ours, so that there
-    and back again gives the same tensors: names, types, shapes and bytes.
+    published layouts that no model reads are kept as `unused.safetensors` in the others, so that
+    there and back again gives the same tensors: names, types, shapes and bytes.
 
     Args:
         src: See `resolve_model_folder`.
         dst: A folder that is not there yet, or empty.
-        to: "janusflow" for our layout or "published".
+        to: "janusflow" for our layout, "published" for that of JanusFlow or Janus by the head that
+            the model holds, or "transformers" for transformers' Janus.
         shard_bytes: Largest size of a weights file.
 
     Returns:
@@ -56,22 +68,26 @@ def convert(
             cannot be expressed in it, or the destination exists or cannot be written.
         SettingsError: If the layout is unknown.
     """
-    if to not in _LAYOUTS:
-        raise SettingsError(f"layout is {to!r}; expected one of {', '.join(_LAYOUTS)}")
+    if to not in LAYOUTS:
+        raise SettingsError(f"layout is {to!r}; expected one of {', '.join(LAYOUTS)}")
     target = Path(dst).expanduser()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"{target} exists already; give a folder that does not")
     source = resolve_model_folder(src)
     checkpoint = open_checkpoint(source, _model_class(), None)
-    if checkpoint.layout == _LAYOUTS[to]:
+    layout = _layout(to, checkpoint.config.generation_heads)
+    if checkpoint.layout == layout:
         raise CheckpointError(f"{source} is in the layout {to!r} already")
     try:
         with atomic_folder(target) as folder:
             _copy_texts(source, folder)
-            if to == OURS:
-                _write_ours(checkpoint, folder, shard_bytes)
+            if layout == OURS:
+                _write_ours_config(checkpoint, folder)
             else:
-                _write_published(checkpoint, folder, shard_bytes)
+                write_json(folder / CONFIG_FILE, _foreign_config(checkpoint, layout, folder))
+            if layout == JANUS_TRANSFORMERS:
+                write_transformers_files(folder, checkpoint.config)
+            _write_tensors(checkpoint, layout, folder, shard_bytes)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
     return target
@@ -83,40 +99,50 @@ def _model_class() -> type[PreTrainedModel]:
     return JanusFlowForConditionalGeneration
 
 
-def _write_ours(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
-    tensors = checkpoint.weights.tensors
+def _layout(to: str, heads: tuple[str, ...]) -> str:
+    if to == "published":
+        return JANUS_PUBLISHED if heads == ("vq",) else PUBLISHED
+    return JANUS_TRANSFORMERS if to == "transformers" else OURS
+
+
+def _write_ours_config(checkpoint: Checkpoint, folder: Path) -> None:
+    checkpoint.config.architectures = [_model_class().__name__]
+    checkpoint.config.save_pretrained(folder)
+
+
+def _foreign_config(checkpoint: Checkpoint, layout: str, folder: Path) -> dict[str, Any]:
+    if layout == JANUS_TRANSFORMERS:
+        return config_to_transformers(checkpoint.config)
+    write = config_to_janus if layout == JANUS_PUBLISHED else config_to_published
+    return write(checkpoint.config, token_ids(folder))
+
+
+def _write_tensors(checkpoint: Checkpoint, layout: str, folder: Path, shard_bytes: int) -> None:
+    """All tensors in the slots of a layout, each made of the parts of others."""
+    stored, sources = checkpoint.weights.tensors, checkpoint.sources
     shapes = {name: tuple(p.shape) for name, p in checkpoint.model.named_parameters()}
-    plan = {
-        name: PlannedTensor(shapes[name], tensors[part.name].dtype, (part,))
-        for name, part in checkpoint.sources.items()
-    }
-    write_weights(folder, plan, checkpoint.weights, shard_bytes=shard_bytes)
-    if checkpoint.unused:
-        write_safetensors(
-            folder / UNUSED_FILE,
-            _unchanged(checkpoint.weights, checkpoint.unused),
-            checkpoint.weights,
-        )
-    config = checkpoint.config
-    config.architectures = [_model_class().__name__]
-    config.save_pretrained(folder)
-
-
-def _write_published(checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
-    sections = config_to_published(checkpoint.config, token_ids(folder))
-    write_json(folder / CONFIG_FILE, sections)
+    plan = {}
+    for name, slot in slots(shapes, layout).items():
+        parts = tuple(sources[target] for target in slot.targets)
+        dtypes = {stored[part.name].dtype for part in parts}
+        if len(dtypes) > 1:
+            raise CheckpointError(f"{', '.join(slot.targets)} must be of one type to become {name}")
+        plan[name] = PlannedTensor(slot.shape, dtypes.pop(), parts)
     files = list(checkpoint.weights.files)
     kept = checkpoint.folder / UNUSED_FILE
     weights = WeightFiles(checkpoint.folder, [*files, kept] if kept.is_file() else files)
-    shapes = {name: tuple(p.shape) for name, p in checkpoint.model.named_parameters()}
-    plan = {}
-    for name, slot in slots(shapes, PUBLISHED).items():
-        dtypes = {weights.tensors[target].dtype for target in slot.targets}
-        if len(dtypes) > 1:
-            raise CheckpointError(f"{', '.join(slot.targets)} must be of one type to become {name}")
-        plan[name] = PlannedTensor(slot.shape, dtypes.pop(), tuple(map(Part, slot.targets)))
-    unused = [name for name, stored in weights.tensors.items() if stored.file == kept]
-    write_weights(folder, {**plan, **_unchanged(weights, unused)}, weights, shard_bytes=shard_bytes)
+    unused = _unchanged(
+        weights,
+        [
+            *checkpoint.unused,
+            *(name for name, stored in weights.tensors.items() if stored.file == kept),
+        ],
+    )
+    if layout in (PUBLISHED, JANUS_PUBLISHED):
+        plan |= unused
+    elif unused:
+        write_safetensors(folder / UNUSED_FILE, unused, weights)
+    write_weights(folder, plan, weights, shard_bytes=shard_bytes)
 
 
 def _unchanged(weights: WeightFiles, names: Iterable[str]) -> dict[str, PlannedTensor]:
@@ -176,6 +202,7 @@ _PARTS = {
     "aligner": "aligner",
     "begin_embedding": "aligner",
     "flow_head": "flow head",
+    "vq_head": "VQ head",
 }
 
 

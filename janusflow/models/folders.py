@@ -22,6 +22,7 @@ from janusflow.errors import CheckpointError
 from janusflow.models.configuration import JanusFlowConfig
 from janusflow.models.layouts import (
     CONFIG_FILE,
+    JANUS_TRANSFORMERS,
     Slot,
     identify_layout,
     load_config,
@@ -148,6 +149,10 @@ def open_checkpoint(
     folder = model_folder(folder)
     config = load_config(folder)  # first: it refuses what is no JanusFlow model
     layout = identify_layout(folder)
+    weights = WeightFiles(folder)
+    if layout == JANUS_TRANSFORMERS and "lm_head.weight" in weights.tensors:
+        # Its config says "tied" where it says nothing; the weights that are there win, as there.
+        config.text_config.tie_word_embeddings = config.tie_word_embeddings = False
     if attention is not None:
         config._attn_implementation = attention
     with init_empty_weights(include_buffers=False):
@@ -158,7 +163,6 @@ def open_checkpoint(
     tied = set(model.state_dict()) - names
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     expected = slots(shapes, layout)
-    weights = WeightFiles(folder)
     read = without_unused(weights.tensors, layout, tied)
     _check(folder, expected, {name: weights.tensors[name].shape for name in read}, weights)
     unused = sorted(set(weights.tensors) - read)

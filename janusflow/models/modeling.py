@@ -7,7 +7,7 @@ This module knows ids and tensors; text, pictures and checkpoints on disk are ot
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,13 +26,16 @@ from janusflow.models.configuration import FlowHeadConfig, JanusFlowConfig
 from janusflow.models.flow_head import FlowHead, FlowTokens
 from janusflow.models.placeholders import begin_tags, find_placeholders
 from janusflow.models.prefix import PromptPrefix, positions, shared_prefix_mask
+from janusflow.models.token_sampling import TokenCallback, draw_tokens, token_choice
+from janusflow.models.vq_head import VQHead
 
 
 class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Looks at pictures autoregressively and draws them by rectified flow.
 
-    Text comes from `generate`, pictures' latents from `generate_latents`; `encode_prompt` and
-    `velocity` are the parts of the latter for one's own loops.
+    Text comes from `generate`, pictures' latents from `generate_latents` with the flow head and
+    pictures' tokens from `generate_image_tokens` with the VQ head; `encode_prompt` and `velocity`
+    are the parts of the first for one's own loops.
     """
 
     config_class = JanusFlowConfig
@@ -60,6 +63,8 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.begin_embedding = nn.Parameter(torch.empty(1, width))
         if config.flow_config is not None:
             self.flow_head = FlowHead(config.flow_config, width)
+        if config.vq_config is not None:
+            self.vq_head = VQHead(config.vq_config)
         self.post_init()
 
     @classmethod
@@ -303,7 +308,8 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
             PromptError: If a prompt has no token before the tag or padding on the right, or if
                 prompt and picture together exceed the context.
         """
-        mask = self._check_prompt(input_ids, attention_mask)
+        self.require_head("flow")
+        mask = self._check_prompt(input_ids, attention_mask, self.flow_config.num_image_tokens)
         mask = mask[:, :-1]
         output = self.language_model.model(
             input_ids=input_ids[:, :-1],
@@ -322,7 +328,7 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             PromptError: If the prompts do not begin with one and the same token.
         """
-        mask = self._check_prompt(input_ids, attention_mask)
+        mask = self._check_prompt(input_ids, attention_mask, self.flow_config.num_image_tokens)
         first = input_ids.gather(1, mask.argmax(1, keepdim=True))
         if len(first.unique()) != 1:
             raise PromptError(
@@ -332,7 +338,9 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # A second token stands for the tag that encode_prompt drops.
         return self.encode_prompt(first[:1].repeat(1, 2))
 
-    def _check_prompt(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _check_prompt(
+        self, input_ids: Tensor, attention_mask: Tensor | None, image_tokens: int
+    ) -> Tensor:
         if input_ids.ndim != 2 or input_ids.shape[0] == 0:
             raise PromptError(
                 f"input_ids have shape {tuple(input_ids.shape)}; expected (batch, length)"
@@ -349,9 +357,6 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "stands on the left only"
             )
         limit = self.config.text_config.max_position_embeddings
-        image_tokens = (
-            self.config.flow_config.num_image_tokens if "flow" in self.generation_heads else 0
-        )
         longest = int(mask.sum(1).max())
         if longest + image_tokens > limit:
             raise PromptError(
@@ -410,39 +415,73 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         self.require_head("flow")
         tokens = self.flow_head.tokens(latents, t)
-        hidden = self.flow_hidden_states(input_ids, attention_mask, tokens)
+        hidden, _ = self.picture_states(input_ids, attention_mask, flow=tokens)
         return self.flow_head.velocity(hidden, tokens)
 
-    def flow_hidden_states(
-        self, input_ids: Tensor, attention_mask: Tensor, tokens: FlowTokens
-    ) -> Tensor:
-        """The language model's part of `flow_forward`.
+    def picture_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        flow: FlowTokens | None = None,
+        image_tokens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The language model's part of training either head, or both in one pass.
+
+        A row holds a prompt, its pictures for the flow head (time and image tokens each) and its
+        picture for the VQ head (the tag that starts it, then tokens); each of them sees the prompt
+        and itself only.
 
         Args:
-            input_ids: See `flow_forward`.
-            attention_mask: See `flow_forward`.
-            tokens: Of `flow_head.tokens`, n latents for each prompt.
+            input_ids: (B, L), left-padded, ending in a tag, which stands before the VQ head's
+                picture only.
+            attention_mask: (B, L); see `flow_forward`. What is masked after the first token, a
+                dropped condition, the VQ head sees all the same, as in sampling.
+            flow: Of `flow_head.tokens`, n latents for each prompt.
+            image_tokens: (B, N).
 
         Returns:
-            Last hidden states of time and image tokens, (B · n, 1 + N, E).
+            Last hidden states of the flow head's tokens, (B · n, 1 + N, E), and those that predict
+            `image_tokens`, (B, N, E); of a head that is not given, an empty tensor.
         """
-        prompt = self.get_input_embeddings()(input_ids[:, :-1])
-        images, length = len(tokens.embeddings) // len(input_ids), tokens.embeddings.shape[1]
-        pictures = rearrange(tokens.embeddings, "(b n) l e -> b (n l) e", n=images)
-        mask = attention_mask[:, :-1]
-        begun = mask.cumsum(1) > 0
-        steps = torch.arange(length, device=mask.device).repeat(images)
-        blocks = torch.arange(1, images + 1, device=mask.device).repeat_interleave(length)
-        blocks = nn.functional.pad(blocks, (prompt.shape[1], 0)).expand(len(mask), -1)
-        mask = nn.functional.pad(mask, (0, images * length), value=1)
-        output = self.language_model.model(
-            inputs_embeds=torch.cat([prompt, pictures.to(prompt.dtype)], dim=1),
-            attention_mask=shared_prefix_mask(blocks, mask, prompt.dtype),
-            position_ids=torch.cat([positions(begun), begun.sum(1, keepdim=True) + steps], dim=1),
+        table = self.get_input_embeddings()
+        prompt = table(input_ids[:, :-1])
+        kept = attention_mask[:, :-1].bool()
+        begun = kept.cumsum(1) > 0
+        length, device = prompt.shape[1], prompt.device
+        inputs = [prompt]
+        numbers = [torch.zeros(length, dtype=torch.long, device=device)]
+        steps = [positions(begun)]
+        after = begun.sum(1, keepdim=True)
+        images = flow_length = vq_length = 0
+        if flow is not None:
+            images, flow_length = len(flow.embeddings) // len(input_ids), flow.embeddings.shape[1]
+            inputs.append(rearrange(flow.embeddings, "(b n) l e -> b (n l) e", n=images))
+            numbers.append(
+                torch.arange(1, images + 1, device=device).repeat_interleave(flow_length)
+            )
+            steps.append(after + torch.arange(flow_length, device=device).repeat(images))
+        if image_tokens is not None:
+            vq_length = image_tokens.shape[1]
+            drawn = self.vq_head.embed(image_tokens[:, :-1])
+            inputs += [table(input_ids[:, -1:]), drawn]
+            numbers.append(torch.full((vq_length,), images + 1, device=device))
+            steps.append(after + torch.arange(vq_length, device=device))
+        blocks = torch.cat(numbers)
+        of_flow = (blocks > 0) & (blocks <= images)
+        visible = torch.where(of_flow[:, None], kept[:, None], begun[:, None])
+        visible = nn.functional.pad(visible, (0, len(blocks) - length), value=True)
+        hidden = self.language_model.model(
+            inputs_embeds=torch.cat([part.to(prompt.dtype) for part in inputs], dim=1),
+            attention_mask=shared_prefix_mask(
+                blocks.expand(len(prompt), -1), visible, prompt.dtype
+            ),
+            position_ids=torch.cat(steps, dim=1),
             use_cache=False,
-        )
-        hidden = output.last_hidden_state[:, prompt.shape[1] :]
-        return rearrange(hidden, "b (n l) e -> (b n) l e", n=images)
+        ).last_hidden_state[:, length:]
+        of_flow_head, of_vq_head = hidden.split([images * flow_length, vq_length], dim=1)
+        of_flow_head = of_flow_head.reshape(len(hidden) * images, flow_length, hidden.shape[-1])
+        return of_flow_head, of_vq_head
 
     @torch.no_grad()
     def generate_latents(
@@ -480,10 +519,7 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         times = time_grid(num_inference_steps)
         scale = check_guidance_scale(guidance_scale)
         if attention_mask is None:
-            pad = self.config.pad_token_id if pad_token_id is None else pad_token_id
-            attention_mask = torch.ones_like(input_ids)
-            if pad is not None:
-                attention_mask = ((input_ids != pad).cumsum(1) > 0).long()
+            attention_mask = self._mask_of_padding(input_ids, pad_token_id)
         if latents is None:
             side = config.latent_size
             shape = (len(input_ids), config.latent_channels, side, side)
@@ -505,6 +541,13 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         return solve(field, x_0, times, solver=solver, on_step=on_step).latents
 
+    def _mask_of_padding(self, input_ids: Tensor, pad_token_id: int | None) -> Tensor:
+        """1 from the first token on that is no padding, (B, L)."""
+        pad = self.config.pad_token_id if pad_token_id is None else pad_token_id
+        if pad is None:
+            return torch.ones_like(input_ids)
+        return ((input_ids != pad).cumsum(1) > 0).long()
+
     def guided_field(
         self, prefix: PromptPrefix, unconditional: PromptPrefix | None, guidance_scale: float
     ) -> Callable[[Tensor, Tensor], Tensor]:
@@ -524,3 +567,117 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return classifier_free_guidance(conditional, free, guidance_scale)
 
         return field
+
+    # Generation of pictures, VQ head
+
+    def encode_token_prompt(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pad_token_id: int | None = None,
+    ) -> tuple[PromptPrefix, Tensor]:
+        """Runs prompts once for the VQ head, with their unconditional rows when it is to be guided.
+
+        An unconditional row is its prompt with every token but the first and the last, the tag
+        that starts a picture, turned into padding that stays attended, as published.
+
+        Args:
+            input_ids: (B, L), left-padded, ending in the tag.
+            attention_mask: 1 for tokens, 0 for padding, (B, L).
+            pad_token_id: Fills the unconditional rows; None leaves them out.
+
+        Returns:
+            The prefix and the last hidden state of each row, (B, E) or, the unconditional rows
+            after the others, (2 B, E).
+
+        Raises:
+            PromptError: See `encode_prompt`.
+        """
+        self.require_head("vq")
+        mask = self._check_prompt(input_ids, attention_mask, self.vq_head.num_image_tokens)
+        if pad_token_id is not None:
+            kept = mask.cumsum(1) == 1
+            kept[:, -1] = True
+            input_ids = torch.cat([input_ids, input_ids.where(kept, pad_token_id)])
+            mask = mask.repeat(2, 1)
+        output = self.language_model.model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions(mask),
+            past_key_values=DynamicCache(),
+            use_cache=True,
+        )
+        prefix = PromptPrefix(output.past_key_values, mask, mask.sum(1))
+        return prefix, output.last_hidden_state[:, -1]
+
+    @torch.no_grad()
+    def generate_image_tokens(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float = 5.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        pad_token_id: int | None = None,
+        max_new_tokens: int | None = None,
+        on_token: TokenCallback | None = None,
+    ) -> Tensor:
+        """Draws the tokens of pictures one after another.
+
+        Args:
+            input_ids: (B, L), left-padded, ending in the tag that starts a picture.
+            attention_mask: (B, L); by default padding is what equals `pad_token_id` on the left.
+            num_images_per_prompt: n; a prompt's images share its prefix.
+            guidance_scale: Weight of guidance, `l_u + w (l_c - l_u)` on logits; 1.0 = off.
+            temperature: Divides the guided logits; 0 takes the likeliest token.
+            top_k: Keeps so many tokens.
+            top_p: Keeps the likeliest tokens up to this probability.
+            generator: CPU generators, one for each image, or a single one that gives each its seed;
+                torch's default when not given.
+            pad_token_id: Fills the unconditional prompts; the config's when not given.
+            max_new_tokens: Tokens of an image; a whole picture when not given.
+            on_token: See `janusflow.models.token_sampling.TokenCallback`.
+
+        Returns:
+            Tokens, int64 (B · n, N) prompt by prompt, row by row of the picture; fewer than N when
+            `max_new_tokens` or the callback ends before.
+
+        Raises:
+            PromptError: See `encode_prompt`.
+            SettingsError: If a setting is out of range or the model holds no VQ head.
+        """
+        self.require_head("vq")
+        total = self.vq_head.num_image_tokens
+        num_tokens = total if max_new_tokens is None else max_new_tokens
+        if not 1 <= num_tokens <= total:
+            raise SettingsError(
+                f"max_new_tokens must be from 1 to {total}, the tokens of a picture; got "
+                f"{max_new_tokens}"
+            )
+        scale = check_guidance_scale(guidance_scale)
+        choose = token_choice(
+            temperature, top_k, top_p, generator, len(input_ids) * num_images_per_prompt
+        )
+        pad = self.config.pad_token_id if pad_token_id is None else pad_token_id
+        if scale != 1.0 and pad is None:
+            raise SettingsError("guidance needs pad_token_id, and the model's config has none")
+        if attention_mask is None:
+            attention_mask = self._mask_of_padding(input_ids, pad)
+        prefix, hidden = self.encode_token_prompt(
+            input_ids, attention_mask, None if scale == 1.0 else pad
+        )
+        rows = torch.arange(len(prefix), device=self.device)
+        rows = rows.repeat_interleave(num_images_per_prompt)
+        return draw_tokens(
+            self,
+            prefix.select(rows),
+            hidden[rows],
+            num_tokens=num_tokens,
+            guidance_scale=scale,
+            choose=choose,
+            on_token=on_token,
+        )

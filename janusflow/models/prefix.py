@@ -9,7 +9,35 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+
+class ReservedLayer(DynamicLayer):
+    """Keys and values of a layer in room that was reserved for all tokens to come.
+
+    A token that is added is written in its place; nothing that is there is copied.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._room = tuple(
+            tensor.new_empty((*tensor.shape[:2], length, tensor.shape[3]))
+            for tensor in (keys, values)
+        )
+        self.keys, self.values = (room[:, :, :0] for room in self._room)
+        self.update(keys, values)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Adds keys and values (B, heads, tokens, head width); returns all there are."""
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, start:end] = states
+        self.keys, self.values = (room[:, :, :end] for room in self._room)
+        return self.keys, self.values
 
 
 @dataclass
@@ -38,6 +66,15 @@ class PromptPrefix:
         return PromptPrefix(
             DynamicCache(layers), self.attention_mask[rows], self.next_position[rows]
         )
+
+    def reserved(self, length: int) -> PromptPrefix:
+        """A copy with room for `length` further tokens, which then grow it in place."""
+        cache = DynamicCache()
+        cache.layers = [
+            ReservedLayer(layer.keys, layer.values, layer.keys.shape[2] + length)
+            for layer in self.cache.layers
+        ]
+        return PromptPrefix(cache, self.attention_mask, self.next_position)
 
     def with_unconditional(self, first_token: PromptPrefix) -> PromptPrefix:
         """Appends an unconditional row for every row: the first token alone.
@@ -71,7 +108,7 @@ def shared_prefix_mask(blocks: Tensor, attention_mask: Tensor, dtype: torch.dtyp
 
     Args:
         blocks: 0 for the prefix, 1, 2, … for what follows it, (B, S).
-        attention_mask: 1 where a token may be attended to, (B, S).
+        attention_mask: 1 where a token may be attended to, (B, S), or by whom, (B, S, S).
         dtype: Of the scores.
 
     Returns:
@@ -80,7 +117,8 @@ def shared_prefix_mask(blocks: Tensor, attention_mask: Tensor, dtype: torch.dtyp
     place = torch.arange(blocks.shape[1], device=blocks.device)
     causal = place[:, None] >= place
     related = (blocks == 0)[:, None, :] | (blocks[:, :, None] == blocks[:, None, :])
-    allowed = causal & related & attention_mask.bool()[:, None, :]
+    visible = attention_mask.bool()
+    allowed = causal & related & (visible if visible.ndim == 3 else visible[:, None, :])
     allowed |= place[:, None] == place
     return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
 

@@ -1,12 +1,13 @@
-"""The published config: its sections and what they say in our words.
+"""The published config of JanusFlow: its sections and what they say in our words.
 
-Of the published layout, this module knows config.json, and `layouts` the names of weights.
+Of the published layout, this module knows config.json, and `layouts` the names of weights. What
+Janus has in common with it, `janus_config` takes from here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import LlamaConfig
@@ -34,10 +35,10 @@ _TOWERS: dict[str, dict[str, Any]] = {
 # Our word for a tower without a published name; its sizes stand in the section below, which holds
 # whatever else the published sections have no words for. Published code reads neither.
 _UNNAMED_TOWER = "siglip_custom"
-_OVERRIDES = "janusflow"
+OVERRIDES = "janusflow"
 
 
-class _Section:
+class Section:
     """A section of the published config, read with messages that name the place."""
 
     def __init__(self, content: Mapping[str, Any], name: str, kind: str) -> None:
@@ -74,7 +75,24 @@ def config_from_published(
     Raises:
         CheckpointError: If a section asks for what the model does not have.
     """
-    overrides = content.get(_OVERRIDES, {})
+    overrides = content.get(OVERRIDES, {})
+    text, common = read_common(content, token_ids)
+    vision, pixels = read_vision(content, _UNDERSTANDING, text.hidden_size)
+    flow = _read_flow(content, text.hidden_size, vision["image_size"])
+    return JanusFlowConfig(
+        text_config=text,
+        vision_config={**vision, "depth": 1, **overrides.get("vision_config", {})},
+        flow_config={**flow, **overrides.get("flow_config", {})},
+        **common,
+        **pixels,
+    )
+
+
+def read_common(
+    content: Mapping[str, Any], token_ids: Mapping[str, int]
+) -> tuple[LlamaConfig, dict[str, Any]]:
+    """The language model of a published config, and our config's ids of tokens and type."""
+    overrides = content.get(OVERRIDES, {})
     language = {k: v for k, v in content["language_config"].items() if not k.startswith("_")}
     if language.pop("model_type", "llama") != "llama":
         raise CheckpointError("language_config.model_type must be 'llama'")
@@ -85,27 +103,20 @@ def config_from_published(
         language[key] = token_ids.get(key, language.get(key))
     # Not as a dict: what is left out has the defaults of LlamaConfig, as in the published code.
     text = LlamaConfig(**{**language, **overrides.get("text_config", {})})
-    vision, pixels = _read_vision(content, text.hidden_size)
-    flow = _read_flow(content, text.hidden_size, vision["image_size"])
-    return JanusFlowConfig(
-        text_config=text,
-        vision_config={**vision, **overrides.get("vision_config", {})},
-        flow_config={**flow, **overrides.get("flow_config", {})},
-        image_token_id=token_ids.get("image_token_id", overrides.get("image_token_id")),
-        pad_token_id=token_ids.get("pad_token_id", overrides.get("pad_token_id")),
-        **pixels,
-        **({"dtype": dtype} if dtype else {}),
-    )
+    common = {
+        key: token_ids.get(key, overrides.get(key)) for key in ("image_token_id", "pad_token_id")
+    }
+    return text, {**common, **({"dtype": dtype} if dtype else {})}
 
 
-def _read_vision(
-    content: Mapping[str, Any], width: int
+def read_vision(
+    content: Mapping[str, Any], name: str, width: int
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Sizes of the vision tower and its aligner, and the normalisation in front of it."""
-    section = _Section(content, _UNDERSTANDING, "CLIPVisionTower")
+    """Sizes of the vision tower in the section `name`, and the normalisation in front of it."""
+    section = Section(content, name, "CLIPVisionTower")
     section.expect(select_feature="same")
     name = section["model_name"]
-    if name not in _TOWERS and not (name == _UNNAMED_TOWER and _OVERRIDES in content):
+    if name not in _TOWERS and not (name == _UNNAMED_TOWER and OVERRIDES in content):
         raise CheckpointError(
             f"{section.name}.params.model_name is {name!r}; known: {', '.join(_TOWERS)}"
         )
@@ -119,7 +130,7 @@ def _read_vision(
             )
         values["num_hidden_layers"] = kept
         values["num_image_tokens"] = (section["image_size"] // values["patch_size"]) ** 2
-    values.update(image_size=section["image_size"], projection_dim=width, depth=1)
+    values.update(image_size=section["image_size"], projection_dim=width)
     pixels = {k: section.params.get(k) for k in ("pixel_mean", "pixel_std")}
     given = {k: list(v) for k, v in pixels.items() if v is not None}
     if len(given) == 1:
@@ -129,8 +140,8 @@ def _read_vision(
 
 def _read_flow(content: Mapping[str, Any], width: int, image_size: int) -> dict[str, Any]:
     """Sizes of the flow head."""
-    encoder = _Section(content, _ENCODER, "ShallowUViTEncoder")
-    decoder = _Section(content, _DECODER, "ShallowUViTDecoder")
+    encoder = Section(content, _ENCODER, "ShallowUViTEncoder")
+    decoder = Section(content, _DECODER, "ShallowUViTDecoder")
     channels = encoder["block_out_channels"]
     if len(channels) != 1:
         raise CheckpointError(f"{_ENCODER}.params.block_out_channels {channels} must be one number")
@@ -182,34 +193,48 @@ def config_to_published(
         raise CheckpointError(
             "the published layout needs a flow head and a learned begin embedding"
         )
+    if config.vq_config is not None:
+        raise CheckpointError(
+            "no published layout holds both heads; save the model in our own, with save_pretrained"
+        )
     depth = getattr(config.vision_config, "depth", 1)
     if depth != 1:
         raise CheckpointError(
             f"the published layout has one linear layer as aligner, this model has {depth}"
         )
-    token_ids = token_ids or {}
     sections = _published_sections(config)
-    if sections[_UNDERSTANDING]["params"]["model_name"] == _UNNAMED_TOWER:
-        sections[_OVERRIDES] = {}  # without the section the name is refused
-    read = config_from_published(sections, token_ids)
+    return with_overrides(sections, config, config_from_published, token_ids or {})
+
+
+def with_overrides(
+    sections: dict[str, Any],
+    config: JanusFlowConfig,
+    read: Callable[[Mapping[str, Any], Mapping[str, int]], JanusFlowConfig],
+    token_ids: Mapping[str, int],
+) -> dict[str, Any]:
+    """Adds our own section with what `read` would not find in the published ones."""
+    sections[OVERRIDES] = {}  # without the section the name of an unnamed tower is refused
+    found = read(sections, token_ids)
     overrides: dict[str, Any] = {}
-    for part in ("text_config", "vision_config", "flow_config"):
-        differing = _difference(getattr(config, part).to_dict(), getattr(read, part).to_dict())
-        if differing:
-            overrides[part] = differing
+    for part in ("text_config", "vision_config", "flow_config", "vq_config"):
+        own = getattr(config, part)
+        if own is not None:
+            differing = difference(own.to_dict(), getattr(found, part).to_dict())
+            if differing:
+                overrides[part] = differing
     for key in ("image_token_id", "pad_token_id"):
-        if getattr(config, key) != getattr(read, key):
+        if getattr(config, key) != getattr(found, key):
             overrides[key] = getattr(config, key)
     if overrides:
-        sections[_OVERRIDES] = overrides
+        sections[OVERRIDES] = overrides
+    else:
+        del sections[OVERRIDES]
     return sections
 
 
-def _published_sections(config: JanusFlowConfig) -> dict[str, Any]:
-    # Any: the fields are typed as what may be given to the config, not as what it makes of it.
-    text: Any = config.text_config
+def vision_to_published(config: JanusFlowConfig) -> dict[str, Any]:
+    """Parameters of the published section of a vision tower."""
     vision: Any = config.vision_config
-    flow: Any = config.flow_config
     tower = _UNNAMED_TOWER
     for name, sizes in _TOWERS.items():
         exact = all(getattr(vision, k) == v for k, v in sizes.items() if k != "num_hidden_layers")
@@ -224,6 +249,24 @@ def _published_sections(config: JanusFlowConfig) -> dict[str, Any]:
     }
     if config.pixel_mean is not None:
         understanding.update(pixel_mean=config.pixel_mean, pixel_std=config.pixel_std)
+    return understanding
+
+
+def header_to_published(config: JanusFlowConfig) -> dict[str, Any]:
+    """What a published config says before its sections of vision and generation."""
+    dtype = str(config.dtype).removeprefix("torch.")
+    return {
+        "architectures": ["MultiModalityCausalLM"],
+        "model_type": "multi_modality",
+        **({"torch_dtype": dtype} if config.dtype is not None else {}),
+        "language_config": language_to_published(config.text_config),
+    }
+
+
+def _published_sections(config: JanusFlowConfig) -> dict[str, Any]:
+    # Any: the fields are typed as what may be given to the config, not as what it makes of it.
+    text: Any = config.text_config
+    flow: Any = config.flow_config
     shared = {
         "hidden_size": text.hidden_size,
         "norm_eps": flow.norm_eps,
@@ -249,23 +292,19 @@ def _published_sections(config: JanusFlowConfig) -> dict[str, Any]:
         "layers_in_middle": flow.num_decoder_blocks,
         **shared,
     }
-    dtype = str(config.dtype).removeprefix("torch.")
     return {
-        "architectures": ["MultiModalityCausalLM"],
-        "model_type": "multi_modality",
-        **({"torch_dtype": dtype} if config.dtype is not None else {}),
-        "language_config": _published_language(text),
+        **header_to_published(config),
         _UNDERSTANDING: {
             "cls": "CLIPVisionTower",
             "model_type": "vision_und_enc",
-            "params": understanding,
+            "params": vision_to_published(config),
         },
         _ENCODER: {"cls": "ShallowUViTEncoder", "model_type": "vision_gen_enc", "params": encoder},
         _DECODER: {"cls": "ShallowUViTDecoder", "model_type": "vision_gen_dec", "params": decoder},
     }
 
 
-def _published_language(text: LlamaConfig) -> dict[str, Any]:
+def language_to_published(text: Any) -> dict[str, Any]:
     """What published configs spell out, and whatever else differs from the library's defaults."""
     spelled_out = (
         "bos_token_id",
@@ -281,10 +320,10 @@ def _published_language(text: LlamaConfig) -> dict[str, Any]:
     )
     values = {key: getattr(text, key) for key in spelled_out}
     defaults = LlamaConfig(**values).to_dict()
-    return {"model_type": "llama", **values, **_difference(text.to_dict(), defaults)}
+    return {"model_type": "llama", **values, **difference(text.to_dict(), defaults)}
 
 
-def _difference(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def difference(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Entries with another value than the default; what says nothing of the model is left out."""
     ignored = {"dtype", "architectures", "transformers_version", "_name_or_path"}
     return {

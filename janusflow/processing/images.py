@@ -231,12 +231,15 @@ class JanusFlowImageProcessor(ImageProcessingMixin):
         Raises:
             CheckpointError: the size is missing or a setting cannot be right.
         """
-        if "image_size" not in {**image_processor_dict, **kwargs}:
+        given = {**image_processor_dict, **kwargs}
+        if isinstance(given.get("size"), Mapping):  # as transformers' Janus has it
+            given.setdefault("image_size", given["size"].get("height"))
+        if given.get("image_size") is None:
             raise CheckpointError("preprocessor_config.json has no image_size; add it")
         known = ("min_size", "image_mean", "image_std", "rescale_factor", "do_normalize")
         settings = {
             key: value
-            for key, value in {**image_processor_dict, **kwargs}.items()
+            for key, value in given.items()
             if key in ("image_size", *known, "background_color")
         }
         return cls(**settings)

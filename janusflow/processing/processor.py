@@ -285,7 +285,8 @@ class JanusFlowProcessor(ProcessorMixin):
 
             folder = resolve_model_folder(str(pretrained_model_name_or_path), **hub)
         config = _read_processor_config(folder / PROCESSOR_FILE)
-        pictures = read_json(folder / IMAGE_PROCESSOR_FILE)
+        # One file for all in folders that transformers 5 saved.
+        pictures = read_json(folder / IMAGE_PROCESSOR_FILE) or config.get("image_processor")
         if not pictures:
             raise CheckpointError(f"{folder} has no {IMAGE_PROCESSOR_FILE} with an image_size")
         tags = {
@@ -380,6 +381,10 @@ def _share(images: Any, read: list[Conversation]) -> list[Any]:
 
 def _read_processor_config(path: Path) -> dict[str, Any]:
     config = read_json(path)
+    model = read_json(path.parent / "config.json")
+    if model.get("model_type") == "janus":  # converted for transformers, which counts for itself
+        sizes = {"image_size": 384, "patch_size": 16, **model.get("vision_config", {})}
+        config.setdefault("num_image_tokens", (sizes["image_size"] // sizes["patch_size"]) ** 2)
     if not isinstance(config.get("num_image_tokens"), int):
         raise CheckpointError(
             f"{path} is missing or has no num_image_tokens; a model folder needs it"

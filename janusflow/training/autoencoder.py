@@ -50,6 +50,29 @@ def to_pixels(pictures: list[Image.Image]) -> Tensor:
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def object_weights(pixels: Tensor, weight: float) -> Tensor:
+    """`weight` on the objects of shapes pictures (B, 3, H, W) and 1 elsewhere, (B, 1, H, W)."""
+    # Corners are always background.
+    on_object = (pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.1
+    return 1 + (weight - 1) * on_object
+
+
+def preview_pixels(seed: int, size: int) -> Tensor:
+    """128 pictures that training does not see, (128, 3, H, W) in [-1, 1]."""
+    rng = np.random.default_rng([seed, 2**31])
+    return to_pixels([draw(sample_scene(rng), size) for _ in range(128)])
+
+
+def preview_reconstructions(pixels: Tensor, decoded: Tensor, file: Path) -> float:
+    """Writes a sheet of the first 16 above their reconstructions; returns the PSNR in decibels."""
+    decoded = decoded.clamp(-1, 1)
+    squared = (decoded - pixels).div(2).square().flatten(1).mean(1)
+    pairs = torch.cat([pixels[:16], decoded[:16]]).add(1).mul(127.5).round().byte()
+    sheet = torch.cat([torch.cat(list(row), 2) for row in pairs.split(16)], 1)
+    Image.fromarray(sheet.permute(1, 2, 0).cpu().numpy()).save(file)
+    return round(float(-10 * squared.log10().mean()), 3)
+
+
 class AutoencoderObjective(Objective):
     """Reconstructs freshly drawn scenes."""
 
@@ -91,9 +114,7 @@ class AutoencoderObjective(Objective):
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         error = decoded - pixels
-        # Corners are always background.
-        on_object = (pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.1
-        weight = 1 + (self.settings.object_weight - 1) * on_object
+        weight = object_weights(pixels, self.settings.object_weight)
         return {
             "absolute": (weight * error.abs()).mean(),
             "squared": self.settings.squared_weight * (weight * error.square()).mean(),
@@ -102,15 +123,10 @@ class AutoencoderObjective(Objective):
 
     def preview(self, step: int, folder: Path) -> dict[str, float]:
         """PSNR in decibels on scenes that training does not see, and a sheet of them."""
-        rng = np.random.default_rng([self.settings.loop.seed, 2**31])
-        pixels = to_pixels([draw(sample_scene(rng), self.settings.image_size) for _ in range(128)])
+        pixels = preview_pixels(self.settings.loop.seed, self.settings.image_size)
         pixels = pixels.to(next(self.vae.parameters()).device)
-        decoded = self.vae.decode(self.vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
-        squared = (decoded - pixels).div(2).square().flatten(1).mean(1)
-        pairs = torch.cat([pixels[:16], decoded[:16]]).add(1).mul(127.5).round().byte()
-        sheet = torch.cat([torch.cat(list(row), 2) for row in pairs.split(16)], 1)
-        Image.fromarray(sheet.permute(1, 2, 0).cpu().numpy()).save(folder / "preview.png")
-        return {"psnr": round(float(-10 * squared.log10().mean()), 3)}
+        decoded = self.vae.decode(self.vae.encode(pixels).latent_dist.mean).sample
+        return {"psnr": preview_reconstructions(pixels, decoded, folder / "preview.png")}
 
     def export(self, folder: Path) -> None:
         """Saves the autoencoder with the scaling factor that gives its latents unit deviation."""

@@ -8,9 +8,10 @@ on disk. Axes: B batch, C latent channels.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,12 +20,14 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers.models.janus.configuration_janus import JanusVQVAEConfig
+from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from janusflow.data.shapes.batches import ShapesBatches, picture_scene
 from janusflow.data.shapes.scene import COLORS, SHAPES, draw
 from janusflow.data.shapes.tokenizer import write_tokenizer
 from janusflow.errors import SettingsError
-from janusflow.files import atomic_folder, atomic_path
+from janusflow.files import atomic_folder, atomic_path, write_json
 from janusflow.flow.path import interpolate
 from janusflow.flow.timesteps import logit_normal, uniform
 from janusflow.models.configuration import JanusFlowConfig
@@ -36,7 +39,12 @@ from janusflow.processing.prompts import PromptFormat
 from janusflow.processing.tokenizer import load_tokenizer
 from janusflow.training.autoencoder import to_pixels
 from janusflow.training.loop import LoopSettings, Objective
-from janusflow.training.losses import next_token_loss, patch_loss, rectified_flow_loss
+from janusflow.training.losses import (
+    image_token_loss,
+    next_token_loss,
+    patch_loss,
+    rectified_flow_loss,
+)
 
 if TYPE_CHECKING:
     from janusflow.pipeline import JanusFlowPipeline
@@ -78,6 +86,8 @@ class DrawingSettings:
     prompt_length: int = 28
     """Tokens a prompt is padded to."""
     condition_dropout_prob: float = 0.1
+    vq_weight: float = 0.5
+    """Weight of the VQ head's loss, where there is one."""
     timesteps: str = "logit-normal"
     """Density of t: "logit-normal" or "uniform"."""
     loss_weight: float = 1.0
@@ -98,6 +108,9 @@ class LookingSettings:
     """Tokens a conversation is padded to; it holds as many questions as fit."""
     separate_questions: float = 0.75
     """Share of conversations whose questions are blind to each other."""
+    where_weight: float = 1.0
+    """How much likelier a question of "where" is to be among those that fit: it is learned last,
+    as its answer about two objects tells one side from the other and nothing else."""
     loss_weight: float = 1.0
 
 
@@ -127,6 +140,7 @@ class PreviewSettings:
     num: int = 48
     num_inference_steps: int = 20
     guidance_scale: float = 2.0
+    vq_guidance_scale: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -137,6 +151,8 @@ class JointSettings:
     output_dir: str = "runs/joint"
     autoencoder: str = "runs/autoencoder/final"
     """Folder of the frozen autoencoder."""
+    vq_tokenizer: str | None = None
+    """Folder of the frozen tokenizer of pictures; none = a model without the VQ head."""
     model: ModelSizes = field(default_factory=ModelSizes)
     drawing: DrawingSettings = field(default_factory=DrawingSettings)
     looking: LookingSettings = field(default_factory=LookingSettings)
@@ -161,8 +177,14 @@ class JointObjective(Objective):
         self._frozen = {"vae": vae}  # in a dict: no part of what is trained and saved
         self.processor = _processor(folder / "tokenizer", settings.model)
         config = _model_config(settings.model, vae, self.processor)
+        if settings.vq_tokenizer is not None:
+            tokenizer = JanusVQVAE.from_pretrained(settings.vq_tokenizer)
+            config.vq_config = _vq_config(tokenizer, settings.model)
         torch.manual_seed(settings.loop.seed)
         self.model = JanusFlowForConditionalGeneration(config)
+        if settings.vq_tokenizer is not None:
+            self.model.vq_head.tokenizer.load_state_dict(tokenizer.state_dict())
+            self.model.vq_head.tokenizer.requires_grad_(False)
         # On a CPU the backward pass of the fused attention takes longer than matrices this small.
         self.model.set_attn_implementation("eager")
         sizes = settings.model
@@ -175,7 +197,14 @@ class JointObjective(Objective):
             }
         )
         self.batches = ShapesBatches(self.processor, settings.loop.seed)
-        self.latents = _latents(folder / "latents.safetensors", vae, settings)
+        self.latents = _encoded(folder / "latents.safetensors", settings, _latents_of(vae))
+        self.image_tokens: Tensor | None = None
+        if settings.vq_tokenizer is not None:
+            self.image_tokens = _encoded(
+                folder / "image_tokens.safetensors",
+                settings,
+                lambda pixels: self.model.vq_head.encode(pixels).to(torch.int32),
+            )
 
     @property
     def vae(self) -> AutoencoderKL:
@@ -190,20 +219,28 @@ class JointObjective(Objective):
             drawing.num_pictures, size=drawing.batch_size
         )
         ids, mask = self.batches.captions(
-            indices, step, drawing.prompt_length, drawing.condition_dropout_prob
+            indices,
+            step,
+            drawing.prompt_length,
+            drawing.condition_dropout_prob,
+            tag="flow" if self.image_tokens is None else "vq",
         )
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         x_1 = self.latents[torch.from_numpy(indices)].float()
         x_1 = x_1.repeat_interleave(drawing.noises_per_picture, dim=0)
         density = logit_normal if drawing.timesteps == "logit-normal" else uniform
         conversations = self.batches.conversations(
-            looking.batch_size, step, looking.conversation_length, looking.separate_questions
+            looking.batch_size,
+            step,
+            looking.conversation_length,
+            looking.separate_questions,
+            looking.where_weight,
         )
         patch_pixels, patch_labels = self.batches.labelled_patches(
             self.settings.patches.batch_size, step, self.patches_per_side
         )
         drawn_labels = self.batches.picture_labels(indices, self.patches_per_side)
-        return {
+        batch = {
             "prompt_ids": ids,
             "prompt_mask": mask,
             "x_0": torch.randn(x_1.shape, generator=generator),
@@ -218,6 +255,9 @@ class JointObjective(Objective):
             "patch_labels": patch_labels,
             "drawn_labels": drawn_labels.repeat_interleave(drawing.noises_per_picture, dim=0),
         }
+        if self.image_tokens is not None:
+            batch["image_tokens"] = self.image_tokens[torch.from_numpy(indices)].long()
+        return batch
 
     def forward(  # type: ignore[override]
         self,
@@ -235,11 +275,14 @@ class JointObjective(Objective):
         patch_pixels: Tensor,
         patch_labels: Tensor,
         drawn_labels: Tensor,
+        image_tokens: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Flow loss of drawing, next-token loss of looking, losses of both kinds of patches."""
+        """Losses of drawing by either head, of looking, and of both kinds of patches."""
         model, settings = self.model, self.settings
         tokens = model.flow_head.tokens(interpolate(x_0, x_1, t), t)
-        hidden = model.flow_hidden_states(prompt_ids, prompt_mask, tokens)
+        hidden, before_tokens = model.picture_states(
+            prompt_ids, prompt_mask, flow=tokens, image_tokens=image_tokens
+        )
         velocity = model.flow_head.velocity(hidden, tokens)
         everything = torch.ones_like(blocks)
         logits = model(
@@ -250,11 +293,29 @@ class JointObjective(Objective):
         ).logits
         seen = self.patch_heads["vision"](model.vision_model(patch_pixels).last_hidden_state)
         drawn = self.patch_heads["drawing"](hidden[:, 1:])
-        return {
+        losses = {
             "flow": settings.drawing.loss_weight * rectified_flow_loss(velocity, x_0, x_1),
             "answer": settings.looking.loss_weight * next_token_loss(logits, labels),
             "vision_patches": settings.patches.vision_weight * patches_loss(seen, patch_labels),
             "drawn_patches": settings.patches.drawing_weight * patches_loss(drawn, drawn_labels),
+        }
+        if image_tokens is not None:
+            loss = image_token_loss(model.vq_head.logits(before_tokens), image_tokens)
+            losses["vq"] = settings.drawing.vq_weight * loss
+        return losses
+
+    def _record(self) -> dict[str, Any]:
+        """What both heads learned from, for comparisons."""
+        drawing, loop = self.settings.drawing, self.settings.loop
+        return {
+            "data": "shapes",
+            "heads": list(self.model.generation_heads),
+            "steps": loop.steps,
+            "seed": loop.seed,
+            "precision": loop.precision,
+            "num_pictures": drawing.num_pictures,
+            "captions_a_step": drawing.batch_size,
+            "condition_dropout_prob": drawing.condition_dropout_prob,
         }
 
     def _pipeline(self) -> JanusFlowPipeline:
@@ -268,21 +329,28 @@ class JointObjective(Objective):
 
         settings = self.settings.preview
         pipe = self._pipeline()
-        pictures = score_pictures(
-            pipe,
-            num=settings.num,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            sheet=folder / "preview.png",
-        )
-        answers = score_answers(pipe, num=settings.num)
-        return {"shapes": pictures["overall"], "shapes_vqa": answers["overall"]}
+        options: dict[str, dict[str, Any]] = {
+            "flow": {
+                "num_inference_steps": settings.num_inference_steps,
+                "guidance_scale": settings.guidance_scale,
+            },
+            "vq": {"guidance_scale": settings.vq_guidance_scale},
+        }
+        scores = {}
+        for head in self.model.generation_heads:
+            sheet = folder / f"preview-{head}.png"
+            pictures = score_pictures(
+                pipe, num=settings.num, head=head, sheet=sheet, **options[head]
+            )
+            scores[f"shapes_{head}"] = pictures["overall"]
+        return {**scores, "shapes_vqa": score_answers(pipe, num=settings.num)["overall"]}
 
     def export(self, folder: Path) -> None:
         """Saves the whole pipeline in bfloat16."""
         self.vae.register_to_config(_name_or_path="")  # else the folder it was loaded from
         with atomic_folder(folder) as scratch:
             self._pipeline().to(torch.bfloat16).save_pretrained(scratch)
+            write_json(scratch / "model" / "training.json", self._record())
         self.model.float()
 
 
@@ -347,25 +415,40 @@ def _model_config(
     )
 
 
+def _vq_config(tokenizer: JanusVQVAE, sizes: ModelSizes) -> JanusVQVAEConfig:
+    width = sizes.language_width
+    values = {**tokenizer.config.to_dict(), "projection_dim": width, "image_token_embed_dim": width}
+    values.pop("model_type")
+    return JanusVQVAEConfig(**values)
+
+
+def _latents_of(vae: AutoencoderKL) -> Callable[[Tensor], Tensor]:
+    """Makes scaled latents, float16 (B, C, H/8, W/8), of pixels."""
+    vae = vae.to(memory_format=torch.channels_last)
+
+    def encode(pixels: Tensor) -> Tensor:
+        mean = vae.encode(pixels.to(vae.device)).latent_dist.mean
+        return (mean.float() * vae.config.scaling_factor).half()
+
+    return encode
+
+
 @torch.no_grad()
-def _latents(path: Path, vae: AutoencoderKL, settings: JointSettings) -> Tensor:
-    """Scaled latents of all pictures, float16 (pictures, C, H/8, W/8), made once."""
+def _encoded(path: Path, settings: JointSettings, encode: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `encode` makes of all pictures, (pictures, …), made once and kept in a file."""
     num, size = settings.drawing.num_pictures, settings.model.image_size
     if path.is_file():
-        latents = load_file(path)["latents"]
-        if len(latents) == num:
-            return latents
+        kept = load_file(path)[path.stem]
+        if len(kept) == num:
+            return kept
     parts = []
-    vae = vae.to(memory_format=torch.channels_last)
-    for start in tqdm(range(0, num, 32), desc="latents", mininterval=10):
+    for start in tqdm(range(0, num, 32), desc=path.stem, mininterval=10):
         rows = range(start, min(start + 32, num))
         scenes = [picture_scene(settings.loop.seed, index) for index in rows]
-        pixels = to_pixels([draw(scene, size) for scene in scenes])
-        with torch.autocast(vae.device.type, torch.bfloat16):
-            mean = vae.encode(pixels.to(vae.device)).latent_dist.mean
-        parts.append((mean.float() * vae.config.scaling_factor).half().cpu())
-    latents = torch.cat(parts).contiguous()
+        with torch.autocast("cpu", torch.bfloat16):
+            parts.append(encode(to_pixels([draw(scene, size) for scene in scenes])).cpu())
+    encoded = torch.cat(parts).contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as scratch:
-        save_file({"latents": latents}, scratch)
-    return latents
+        save_file({path.stem: encoded}, scratch)
+    return encoded

@@ -25,6 +25,11 @@ def patch_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), weight)
 
 
+def image_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (B, N, K) for image tokens (B, N)."""
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+
+
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of logits (B, L, V) for the following labels (B, L), -100 ignored."""
     return nn.functional.cross_entropy(

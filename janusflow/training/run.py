@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from janusflow.errors import SettingsError
 from janusflow.settings import fill, read_yaml
+
+_TASKS = {  # module, settings, objective
+    "autoencoder": ("autoencoder", "AutoencoderSettings", "AutoencoderObjective"),
+    "vq-tokenizer": ("vq_tokenizer", "VQTokenizerSettings", "VQTokenizerObjective"),
+    "joint": ("joint", "JointSettings", "JointObjective"),
+}
 
 
 def run(config: str | Path, overrides: Sequence[str] = ()) -> bool:
@@ -19,22 +26,14 @@ def run(config: str | Path, overrides: Sequence[str] = ()) -> bool:
     from janusflow.training.loop import Objective, train, write_settings
 
     values = read_yaml(config)
-    settings: Any
-    objective: Objective
-    if values.get("task") == "autoencoder":
-        from janusflow.training.autoencoder import AutoencoderObjective, AutoencoderSettings
-
-        settings = fill(AutoencoderSettings, values, overrides)
-        objective = AutoencoderObjective(settings)
-    elif values.get("task") == "joint":
-        from janusflow.training.joint import JointObjective, JointSettings
-
-        settings = fill(JointSettings, values, overrides)
-        objective = JointObjective(settings)
-    else:
-        raise SettingsError(
-            f"{config}: task is 'autoencoder' or 'joint', not {values.get('task')!r}"
-        )
+    task = values.get("task")
+    if task not in _TASKS:
+        known = ", ".join(_TASKS)
+        raise SettingsError(f"{config}: task is {task!r}; expected one of {known}")
+    module_name, settings_name, objective_name = _TASKS[task]
+    module = import_module(f"janusflow.training.{module_name}")
+    settings: Any = fill(getattr(module, settings_name), values, overrides)
+    objective: Objective = getattr(module, objective_name)(settings)
     output_dir = Path(settings.output_dir)
     write_settings(output_dir, settings)
     return train(objective, settings.loop, output_dir)

@@ -15,8 +15,10 @@ from janusflow.data.shapes import (
     held_out_requests,
     sample_scene,
 )
+from janusflow.data.shapes.batches import shuffled
 from janusflow.data.shapes.language import (
     Item,
+    Question,
     Request,
     is_held_out,
     scene_meaning,
@@ -115,3 +117,11 @@ def test_yes_and_no_are_both_asked_for_and_answers_are_true():
                 words = ["one", "two", "three", "four"]
                 assert question.answer == words[len(scene.objects) - 1]
     assert 0.6 < answers["yes"] / answers["no"] < 1.6
+
+
+def test_questions_of_a_weight_come_early_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    questions = [Question("where", "a", "b"), *[Question("which", "c", "d")] * 4]
+    first = sum(shuffled(questions, rng, 4.0)[0].kind == "where" for _ in range(4000))
+    assert abs(first / 4000 - 4 / (4 + 4)) < 0.03
+    assert sorted(q.text for q in shuffled(questions, rng, 4.0)) == ["a", "c", "c", "c", "c"]

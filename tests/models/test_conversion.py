@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from models.conftest import WriteFolder
-from models.toy import PUBLISHED_CONFIG, tiny_config, tiny_model_of, write_config
+from models.toy import (
+    PUBLISHED_CONFIG,
+    janus_config,
+    tiny_config,
+    tiny_model_of,
+    write_config,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -215,3 +221,95 @@ def test_the_hash_knows_names_numbers_types_and_shapes_but_not_files(tmp_path: P
         assert hash_of(base | changed) != known
     write_config(tmp_path / "hashed", {"anything": 1})
     assert hash_of(base) == known
+
+
+# Janus
+
+
+def janus_folder(folder: Path) -> Path:
+    """A Janus model in the published layout, with what nobody reads, of mixed types."""
+    model = tiny_model_of(janus_config())
+    model.to(torch.bfloat16).save_pretrained(folder / "made")
+    published = convert(folder / "made", folder / "published", to="published")
+    held = tensors_of(published) | {
+        "gen_vision_model.quantize.codebook_used": torch.zeros(16),
+        "vision_model.vision_tower.attn_pool.latent": torch.randn(1, 1, 48),
+        "gen_embed.weight": torch.full((48, 4), torch.nan),
+    }
+    save_file(held, published / "model.safetensors")
+    return published
+
+
+def test_janus_goes_round_all_layouts_and_comes_back_the_same(tmp_path: Path) -> None:
+    published = janus_folder(tmp_path)
+    assert identify_layout(published) == "janus-published"
+    held = tensors_of(published)
+    config = json.loads((published / "config.json").read_text())
+    ours = convert(published, tmp_path / "ours")
+    theirs = convert(ours, tmp_path / "theirs", to="transformers")
+    assert identify_layout(theirs) == "janus-transformers"
+    assert load_file(theirs / "model.safetensors").keys() >= {
+        "lm_head.weight",
+        "model.language_model.norm.weight",
+        "model.vqmodel.encoder.mid.attn_1.q.weight",
+        "model.generation_aligner.hidden_layers.0.weight",
+    }
+    for source, name in ((ours, "a"), (theirs, "b"), (convert(theirs, tmp_path / "c"), "d")):
+        back = convert(source, tmp_path / f"back-{name}", to="published")
+        assert_same_tensors(tensors_of(back), held)
+        assert json.loads((back / "config.json").read_text()) == config
+
+
+def test_janus_shards_of_bin_files_load(tmp_path: Path) -> None:
+    published = janus_folder(tmp_path)
+    held = load_file(published / "model.safetensors")
+    (published / "model.safetensors").unlink()
+    names = sorted(held)
+    index = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"pytorch_model-{number:05d}-of-00002.bin"
+        torch.save({name: held[name] for name in part}, published / file)
+        index |= dict.fromkeys(part, file)
+    (published / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    loaded = Model.from_pretrained(published, dtype=torch.float32)
+    made = Model.from_pretrained(tmp_path / "made", dtype=torch.float32)
+    for name, tensor in made.state_dict().items():
+        if name != "vq_head.embeddings.weight":
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_a_janus_config_that_asks_for_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    published = janus_folder(tmp_path)
+    path = published / "config.json"
+    good = path.read_text()
+    for old, new, message in (
+        ("mlp_gelu", "low_high_hybrid_split_mlp_gelu", "projector_type is 'low_high"),
+        ('"VQ-16"', '"VQ-8"', "cls is 'VQ-8'; expected 'VQ-16'"),
+        ('"image_token_size": 48', '"image_token_size": 49', "image_token_size|wrong shape"),
+    ):
+        assert old in good
+        path.write_text(good.replace(old, new, 1))
+        with pytest.raises(CheckpointError, match=message):
+            Model.from_pretrained(published)
+
+
+def test_info_counts_the_vq_head(tmp_path: Path) -> None:
+    info = describe(janus_folder(tmp_path))
+    assert info.heads == ("vq",)
+    assert info.layout == "janus-published"
+    assert info.parameters["VQ head"] > 100_000
+    assert len(info.unused) == 2
+
+
+def test_a_head_of_the_language_model_that_is_stored_is_not_tied(tmp_path: Path) -> None:
+    theirs = convert(janus_folder(tmp_path), tmp_path / "theirs", to="transformers")
+    path = theirs / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "tie_word_embeddings": True}))
+    loaded = Model.from_pretrained(theirs)
+    assert loaded.get_output_embeddings().weight is not loaded.get_input_embeddings().weight
+    held = load_file(theirs / "model.safetensors")
+    del held["lm_head.weight"]
+    save_file(held, theirs / "model.safetensors", metadata={"format": "pt"})
+    loaded = Model.from_pretrained(theirs)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight

@@ -49,6 +49,27 @@ def tiny_config(**changes: Any) -> JanusFlowConfig:
     return JanusFlowConfig(**parts)
 
 
+TOY_VQ = {
+    "base_channels": 32,
+    "channel_multiplier": [1, 1, 1, 2],
+    "num_res_blocks": 1,
+    "latent_channels": 32,
+    "embed_dim": 4,
+    "num_embeddings": 48,
+}
+
+
+def janus_config(**changes: Any) -> JanusFlowConfig:
+    """The Janus architecture at toy width: the VQ head alone, a two-layer aligner."""
+    parts: dict[str, Any] = {
+        "flow_config": None,
+        "vq_config": TOY_VQ,
+        "learned_begin_embedding": False,
+        "vision_config": {"depth": 2},
+    }
+    return tiny_config(**{**parts, **changes})
+
+
 def tiny_model_of(config: JanusFlowConfig) -> JanusFlowForConditionalGeneration:
     """Random weights, large enough that every part of the model matters."""
     state = torch.get_rng_state()

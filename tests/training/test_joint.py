@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,12 @@ import pytest
 import torch
 
 from janusflow import JanusFlowPipeline
-from janusflow.data.shapes import COLORS, SHAPES, Scene, ShapeObject
+from janusflow.data.shapes import COLORS, SHAPES, Scene, ShapeObject, draw
 from janusflow.data.shapes.batches import IGNORED, patch_labels, picture_scene
 from janusflow.errors import SettingsError
 from janusflow.models.prefix import shared_prefix_mask
 from janusflow.settings import fill, read_yaml
-from janusflow.training.autoencoder import AutoencoderObjective, AutoencoderSettings
+from janusflow.training.autoencoder import AutoencoderObjective, AutoencoderSettings, to_pixels
 from janusflow.training.joint import (
     PATCH_CLASSES,
     JointObjective,
@@ -25,6 +27,7 @@ from janusflow.training.joint import (
 from janusflow.training.loop import train
 from janusflow.training.losses import patch_loss
 from janusflow.training.run import run
+from janusflow.training.vq_tokenizer import VQTokenizerObjective, VQTokenizerSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "train" / "tiny"
 SMALL = {
@@ -52,7 +55,13 @@ def settings(tmp_path_factory) -> JointSettings:
     values = {"block_out_channels": [8, 8, 8, 8], "batch_size": 2, "loop": {"steps": 2}}
     vae = AutoencoderObjective(fill(AutoencoderSettings, values))
     vae.export(folder / "autoencoder")
-    places = {"autoencoder": str(folder / "autoencoder"), "output_dir": str(folder / "run")}
+    codes = {"num_codes": 32, "channel_multiplier": [1, 1, 1, 1], "batch_size": 2}
+    VQTokenizerObjective(fill(VQTokenizerSettings, codes)).export(folder / "vq_tokenizer")
+    places = {
+        "autoencoder": str(folder / "autoencoder"),
+        "vq_tokenizer": str(folder / "vq_tokenizer"),
+        "output_dir": str(folder / "run"),
+    }
     return fill(JointSettings, {**SMALL, **places})
 
 
@@ -138,7 +147,9 @@ def test_every_part_of_the_model_receives_a_gradient(objective):
         if parameter.grad is None or not parameter.grad.any()
     }
     # Ids that no sentence of the batch has leave no whole tensor without one.
-    assert without == set()
+    frozen = {name for name in without if name.startswith("vq_head.tokenizer.")}
+    assert len(frozen) > 50
+    assert without == frozen
     assert not any(p.requires_grad for p in objective.vae.parameters())
 
 
@@ -235,13 +246,40 @@ def test_a_run_leaves_a_checkpoint_and_a_log(objective, settings, tmp_path):
 def test_the_exported_pipeline_loads_and_names_no_folder(objective, settings, tmp_path):
     JointObjective.export(objective, tmp_path / "final")
     pipe = JanusFlowPipeline.from_pretrained(tmp_path / "final")
-    assert pipe.model.generation_heads == ("flow",)
+    assert pipe.model.generation_heads == ("flow", "vq")
+    record = json.loads((tmp_path / "final" / "model" / "training.json").read_text())
+    assert (record["steps"], record["heads"]) == (settings.loop.steps, ["flow", "vq"])
     written = (tmp_path / "final" / "vae" / "config.json").read_text()
     assert settings.autoencoder not in written
 
 
 def test_latents_have_unit_deviation(objective):
     assert objective.latents.float().std().item() == pytest.approx(1.0, abs=0.15)
+
+
+def test_image_tokens_are_those_of_the_pictures(objective, settings):
+    indices = np.random.default_rng([settings.loop.seed, 4, 0]).integers(
+        settings.drawing.num_pictures, size=settings.drawing.batch_size
+    )
+    scenes = [picture_scene(settings.loop.seed, int(index)) for index in indices]
+    pixels = to_pixels([draw(scene, settings.model.image_size) for scene in scenes])
+    tokens = objective.batch(0)["image_tokens"]
+    # The file was made in bfloat16.
+    assert (tokens == objective.model.vq_head.encode(pixels)).float().mean() > 0.8
+
+
+def test_prompts_of_the_vq_head_end_in_its_tag(objective):
+    batch = objective.batch(0)
+    assert (batch["prompt_ids"][:, -1] == objective.processor.begin_of_image_id).all()
+
+
+def test_a_run_without_a_tokenizer_has_the_flow_head_alone(settings):
+    alone = JointObjective(replace(settings, vq_tokenizer=None))
+    assert alone.model.generation_heads == ("flow",)
+    batch = alone.batch(0)
+    assert "image_tokens" not in batch
+    assert "vq" not in alone(**batch)
+    assert (batch["prompt_ids"][:, -1] == alone.processor.image_gen_id).all()
 
 
 def test_a_missing_autoencoder_is_named_with_the_command_that_makes_it(tmp_path):
@@ -252,11 +290,18 @@ def test_a_missing_autoencoder_is_named_with_the_command_that_makes_it(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("autoencoder", AutoencoderSettings), ("joint", JointSettings)]
+    ("name", "kind"),
+    [
+        ("autoencoder", AutoencoderSettings),
+        ("vq_tokenizer", VQTokenizerSettings),
+        ("joint", JointSettings),
+        ("both_heads", JointSettings),
+    ],
 )
 def test_the_shipped_configs_fit_their_settings(name, kind):
     settings = fill(kind, read_yaml(CONFIGS / f"{name}.yaml"))
-    assert settings.task == name
+    tasks = {"both_heads": "joint"}
+    assert settings.task == tasks.get(name, name.replace("_", "-"))
 
 
 def test_an_unknown_density_of_times_is_refused():

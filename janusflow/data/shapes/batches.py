@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from janusflow.data.shapes.language import ask, training_caption, training_scene
+from janusflow.data.shapes.language import Question, ask, training_caption, training_scene
 from janusflow.data.shapes.scene import COLORS, SHAPES, Scene, draw, sample_scene
 from janusflow.processing.processor import JanusFlowProcessor
 
@@ -49,6 +50,18 @@ class Conversations:
     pixel_values: Tensor
 
 
+def shuffled(
+    questions: list[Question], rng: np.random.Generator, where_weight: float
+) -> list[Question]:
+    """Questions in random order, drawn by weights: that of "where", and 1 for all others.
+
+    A weighted shuffle (Efraimidis and Spirakis 2006): the first is drawn by its weight, and so on.
+    """
+    weights = [where_weight if question.kind == "where" else 1.0 for question in questions]
+    keys = rng.random(len(questions)) ** (1 / np.array(weights))
+    return [questions[index] for index in np.argsort(-keys)]
+
+
 def patch_labels(scene: Scene, patches: int) -> np.ndarray:
     """What covers each patch of a picture: numbers of a shape and of a colour, 0 for none.
 
@@ -77,9 +90,14 @@ class ShapesBatches:
         return tuple(self.processor.tokenizer.encode(text, add_special_tokens=False))
 
     def captions(
-        self, indices: np.ndarray, step: int, length: int, dropout: float
+        self,
+        indices: np.ndarray,
+        step: int,
+        length: int,
+        dropout: float,
+        tag: Literal["flow", "vq"] = "flow",
     ) -> tuple[Tensor, Tensor]:
-        """Prompts of the pictures `indices`, ending in the generation tag, left-padded.
+        """Prompts of the pictures `indices`, ending in the tag of a head, left-padded.
 
         A share `dropout` of the prompts is dropped as sampling drops them: every token but the
         first becomes padding and is masked.
@@ -89,6 +107,7 @@ class ShapesBatches:
         """
         rng = np.random.default_rng([self.seed, 2, step])
         processor = self.processor
+        tags = {"flow": processor.image_gen_id, "vq": processor.begin_of_image_id}
         ids = np.full((len(indices), length), processor.pad_token_id, np.int64)
         mask = np.zeros_like(ids)
         for row, index in enumerate(indices):
@@ -101,17 +120,22 @@ class ShapesBatches:
             if rng.random() < dropout:
                 tokens[1:] = [processor.pad_token_id] * (len(tokens) - 1)
                 mask[row, start + 1 :] = 0
-            ids[row, start:] = [*tokens, processor.image_gen_id]
+            ids[row, start:] = [*tokens, tags[tag]]
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
     def conversations(
-        self, num: int, step: int, length: int, separate: float = 0.0
+        self,
+        num: int,
+        step: int,
+        length: int,
+        separate: float = 0.0,
+        where_weight: float = 1.0,
     ) -> Conversations:
         """Fresh pictures, each with as many questions and answers as `length` tokens hold.
 
         In a share `separate` of the rows each question stands alone after the picture, blind to
         the others, whose answers would give its own away; in the rest they are turns of one
-        conversation.
+        conversation. `where_weight`: see `shuffled`.
         """
         rng = np.random.default_rng([self.seed, 3, step])
         processor = self.processor
@@ -127,7 +151,7 @@ class ShapesBatches:
             at = len(begin)
             ids[row, :at] = begin
             alone = rng.random() < separate
-            for turn, question in enumerate(ask(scene, rng)):
+            for turn, question in enumerate(shuffled(ask(scene, rng), rng, where_weight)):
                 start = "\n" if alone or turn == 0 else "User: "
                 asked = self._ids(f"{start}{question.text}\n\nAssistant:")
                 answer = (*self._ids(f" {question.answer}"), processor.eos_token_id)

@@ -1,0 +1,1 @@
+"""Experiments made of many runs: comparing heads, with resumable units, tables and a report."""

@@ -1,0 +1,133 @@
+"""Measures of pictures against closed forms and other libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from transformers import CLIPConfig, CLIPModel
+
+from janusflow.errors import SettingsError
+from janusflow.evaluation.features import feature_extractor
+from janusflow.evaluation.metrics import bootstrap, frechet_distance, psnr, ssim
+
+RNG = np.random.default_rng(0)
+
+
+def pictures(num: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    first = RNG.random((num, 24, 24, 3), np.float32)
+    return first, np.clip(first + 0.1 * RNG.standard_normal(first.shape), 0, 1).astype(np.float32)
+
+
+def test_psnr_is_that_of_scikit_image() -> None:
+    first, second = pictures()
+    expected = [
+        peak_signal_noise_ratio(one, other, data_range=1.0)
+        for one, other in zip(first, second, strict=True)
+    ]
+    np.testing.assert_allclose(psnr(first, second), expected, rtol=1e-5)
+    assert psnr(first, first).min() == pytest.approx(120)
+
+
+def test_ssim_has_the_gaussian_window_of_the_paper() -> None:
+    first, second = pictures(1)
+    expected = structural_similarity(
+        first[0], second[0], channel_axis=-1, data_range=1.0, gaussian_weights=True, sigma=1.5,
+        use_sample_covariance=False, win_size=11,
+    )  # fmt: skip
+    assert ssim(first, second)[0] == pytest.approx(expected, abs=1e-6)
+    assert ssim(first, first)[0] == pytest.approx(1)
+
+
+def test_the_frechet_distance_is_that_of_the_formula_with_sqrtm() -> None:
+    first = RNG.standard_normal((200, 6)) @ RNG.standard_normal((6, 6))
+    second = RNG.standard_normal((150, 6)) + 0.5
+    one, other = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    gap = np.square(first.mean(0) - second.mean(0)).sum()
+    expected = gap + np.trace(one + other - 2 * sqrtm(one @ other).real)
+    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_frechet_distance_of_shifted_features_is_the_squared_shift() -> None:
+    features = RNG.standard_normal((50, 4))
+    assert frechet_distance(features, features + np.array([3, 0, 4, 0])) == pytest.approx(25)
+
+
+def test_the_bootstrap_covers_a_mean_as_often_as_it_says() -> None:
+    covered = 0
+    for trial in range(200):
+        values = np.random.default_rng(trial).random(60)
+        value, low, high = bootstrap(60, lambda i, v=values: v[i].mean(), resamples=200, seed=trial)
+        assert value == values.mean()
+        assert low < value < high
+        covered += low < 0.5 < high
+    assert 0.88 < covered / 200 < 0.99
+
+
+def test_the_bootstrap_comes_again_from_its_seed() -> None:
+    values = RNG.random(30)
+
+    def interval(seed: int) -> tuple[float, float, float]:
+        return bootstrap(30, lambda i: values[i].mean(), resamples=50, seed=seed)
+
+    assert interval(1) == interval(1)
+    assert interval(1) != interval(2)
+
+
+def test_pixel_features_are_mean_colours_of_a_grid() -> None:
+    picture = torch.zeros(1, 3, 8, 8)
+    picture[0, 1, 2:4, 6:8] = 1
+    features = feature_extractor("pixels").extract(picture)
+    expected = np.zeros((3, 4, 4))
+    expected[1, 1, 3] = 1
+    assert np.array_equal(features, expected.reshape(1, 48))
+
+
+class Network(torch.nn.Module):
+    """Called as clean-fid's Inception is: mean colours of what it is given."""
+
+    def forward(self, x: torch.Tensor, return_features: bool = True) -> torch.Tensor:
+        return x.mean(dim=(2, 3)) if return_features else x
+
+
+def test_inception_features_are_of_resized_pictures_from_0_to_255(tmp_path: Path) -> None:
+    torch.jit.script(Network()).save(str(tmp_path / "network.pt"))
+    extractor = feature_extractor(f"inception:{tmp_path / 'network.pt'}")
+    picture = torch.full((2, 3, 32, 32), 0.25)
+    picture[1] = 1.0
+    np.testing.assert_allclose(extractor.extract(picture), [[63.75] * 3, [255.0] * 3], rtol=1e-5)
+    torch.jit.script(torch.nn.Sequential(Network())).save(str(tmp_path / "other.pt"))
+    other = feature_extractor(f"inception:{tmp_path / 'other.pt'}")
+    assert extractor.hash != other.hash
+
+
+def test_clip_features_have_length_1_and_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+    part = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = CLIPConfig(
+        text_config={**part, "vocab_size": 10},
+        vision_config={**part, "image_size": 32, "patch_size": 16},
+        projection_dim=8,
+    )
+    CLIPModel(config).save_pretrained(tmp_path)
+    extractor = feature_extractor(f"clip:{tmp_path}")
+    pictures = torch.rand(33, 3, 48, 48)
+    features = extractor.extract(pictures)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(extractor.extract(pictures[5:6])[0], features[5], atol=1e-5)
+    assert np.abs(features[0] - features[1]).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["vgg", "inception", "clip:", "inception:/nowhere.pt"])
+def test_features_that_are_not_there_are_refused(name: str) -> None:
+    with pytest.raises(SettingsError, match=r"expected 'pixels'|there is no"):
+        feature_extractor(name)
