@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import make_pipeline
+from transformers import AutoProcessor
 
 from janusflow import JanusFlowPipeline, SettingsError
+from janusflow.models.checkpoints import convert
 
 PROMPT = "a red circle above a blue square"
 LONG = "a blue square, a red circle, a green one and what is there beside them"
@@ -225,3 +228,25 @@ def test_options_of_the_other_head_are_warned_of(
         "flow drawing makes no use of temperature, top_k",
         "greedy VQ drawing makes no use of top_p",
     ]
+
+
+def test_a_folder_converted_for_transformers_is_read_there_and_here(tmp_path: Path) -> None:
+    pipe = make_pipeline(("vq",))
+    pipe.model.config.learned_begin_embedding = False  # Janus has none
+    del pipe.model.begin_embedding
+    pipe.save_pretrained(tmp_path / "ours")
+    folder = convert(tmp_path / "ours", tmp_path / "theirs", to="transformers")
+    theirs = AutoProcessor.from_pretrained(folder)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))
+    text = {"type": "text", "text": "What is above?"}
+    asked = [{"role": "user", "content": [{"type": "image"}, text]}]
+    prompt = theirs.apply_chat_template(asked, add_generation_prompt=True)
+    read = theirs(text=prompt, images=picture, return_tensors="pt")
+    content = [{"type": "image", "image": picture}, text]
+    own = pipe.processor([[{"role": "user", "content": content}]], system_prompt="")
+    assert torch.equal(read["input_ids"], own["input_ids"])
+    assert torch.equal(read["pixel_values"], own["pixel_values"])
+    back = JanusFlowPipeline.from_pretrained(folder)
+    back.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(back, seed=0).tokens, draw(pipe, seed=0).tokens)
+    assert back.processor.num_image_tokens == 16

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,15 +117,17 @@ def test_a_killed_command_goes_on_and_gives_the_same_tables(
     settings: CompareSettings, tmp_path: Path
 ) -> None:
     config = tmp_path / "config.yaml"
-    from dataclasses import asdict
-
     config.write_text(yaml.safe_dump(asdict(settings)))
     command = [sys.executable, "-m", "janusflow.cli", "compare", str(config), "-o"]
-    for seconds in (12, 16):
+    units = tmp_path / "killed" / "units"
+    for pieces in (3, 9):
         process = subprocess.Popen([*command, str(tmp_path / "killed")])
-        time.sleep(seconds)
+        while not units.is_dir() or len(list(units.iterdir())) < pieces:
+            assert process.poll() is None
+            time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
+        assert not (tmp_path / "killed" / "results.json").exists()
     for name in ("killed", "whole"):
         subprocess.run([*command, str(tmp_path / name)], check=True)
     for table in ("tokenizers", "generation", "cost"):
