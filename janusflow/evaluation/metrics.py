@@ -65,8 +65,9 @@ def bootstrap(
     resamples: int = 1000,
     seed: int = 0,
     level: float = 0.95,
+    basic: bool = False,
 ) -> Interval:
-    """A statistic of N items and its percentile-bootstrap interval.
+    """A statistic of N items and its bootstrap interval.
 
     Args:
         num: N.
@@ -74,8 +75,11 @@ def bootstrap(
         resamples: How often N items are drawn anew.
         seed: Of those draws.
         level: Share of the resamples inside the interval.
+        basic: Give the basic interval, `2 v - q`, in place of the percentiles q: for a statistic
+            such as a Fréchet distance, which is larger for resamples since these repeat items.
     """
     rng = np.random.default_rng(seed)
     values = [statistic(rng.integers(num, size=num)) for _ in range(resamples)]
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return statistic(np.arange(num)), float(low), float(high)
+    value = statistic(np.arange(num))
+    low, high = map(float, np.quantile(values, [(1 - level) / 2, (1 + level) / 2]))
+    return (value, 2 * value - high, 2 * value - low) if basic else (value, low, high)

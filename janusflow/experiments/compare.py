@@ -536,7 +536,8 @@ def _joined(parts: Sequence[Arrays]) -> Arrays:
 
 def _measure(name: str, num: int, statistic: Any, settings: CompareSettings) -> Row:
     """A value with the ends of its interval, as three columns."""
-    value, low, high = bootstrap(num, statistic, resamples=settings.resamples)
+    basic = name == "frechet"
+    value, low, high = bootstrap(num, statistic, resamples=settings.resamples, basic=basic)
     return {
         name: round(value, 4),
         f"{name}_low": round(low, 4),

@@ -79,12 +79,15 @@ def _curves(
                 np.array([generation[name][f"{measure}_{end}"] for name in names])
                 for end in ("low", "high")
             )
-            # A percentile interval need not hold the value itself.
+            # An interval need not hold the value itself.
             errors = np.clip([values - low, high - values], 0, None)
             axis.errorbar(
                 [places[n] for n in names], values, errors, marker="o", capsize=3, label=head
             )
         axis.set_xscale("log")
+        ticks = sorted(set(places.values()))
+        axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], rotation=45)
+        axis.minorticks_off()
         axis.set_xlabel(label)
         axis.set_ylabel({"score": "shapes score", "frechet": "Fréchet distance"}[measure])
         axis.grid(alpha=0.3)

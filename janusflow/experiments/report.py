@@ -21,8 +21,8 @@ _TABLES = {
     ),
     "generation": (
         "What the heads draw",
-        "The same prompts and seeds; intervals are 95 % of bootstrap resamples. A Fréchet distance "
-        "from few pictures is biased upwards: compare it at equal numbers only.",
+        "The same prompts and seeds; intervals of 95 % by bootstrap. A Fréchet distance "
+        "from few pictures is biased upwards, and its interval lies lower: compare equal numbers.",
     ),
     "cost": (
         "What it takes, counted",

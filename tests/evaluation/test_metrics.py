@@ -69,6 +69,20 @@ def test_the_bootstrap_covers_a_mean_as_often_as_it_says() -> None:
     assert 0.88 < covered / 200 < 0.99
 
 
+def test_the_basic_interval_is_the_percentiles_mirrored_at_the_value() -> None:
+    features = RNG.standard_normal((60, 4))
+    reference = RNG.standard_normal((60, 4))
+
+    def distance(indices: np.ndarray) -> float:
+        return frechet_distance(features[indices], reference)
+
+    value, low, high = bootstrap(60, distance, resamples=100)
+    again, basic_low, basic_high = bootstrap(60, distance, resamples=100, basic=True)
+    assert again == value
+    assert (basic_low, basic_high) == pytest.approx((2 * value - high, 2 * value - low))
+    assert low + high > 2 * value  # resamples are further away
+
+
 def test_the_bootstrap_comes_again_from_its_seed() -> None:
     values = RNG.random(30)
 
