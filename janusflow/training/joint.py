@@ -1,8 +1,9 @@
-"""Joint training of drawing (flow head) and looking on the shapes world: the bundled model.
+"""Joint training of drawing, by one head or both, and looking on the shapes world.
 
-Each step takes captions with latents of pictures, and pictures with questions, in one sum of
-losses `L_RF + L_AR` (arXiv 2411.07975). Latents are made once by the frozen autoencoder and kept
-on disk. Axes: B batch, C latent channels.
+Each step takes captions with latents and tokens of pictures, and pictures with questions, in one
+sum of losses: `L_RF + L_AR` (arXiv 2411.07975), and the cross-entropy of tokens for the VQ head.
+Latents and tokens are made once by the frozen autoencoder and tokenizer, and kept on disk.
+Axes: B batch, C latent channels.
 """
 
 from __future__ import annotations
@@ -171,6 +172,12 @@ class JointObjective(Objective):
             raise SettingsError(
                 f"no autoencoder in {settings.autoencoder}; train it first with "
                 "`janusflow train configs/train/tiny/autoencoder.yaml`, or set --autoencoder"
+            )
+        tokens = settings.vq_tokenizer
+        if tokens is not None and not (Path(tokens) / "config.json").is_file():
+            raise SettingsError(
+                f"no tokenizer of pictures in {tokens}; train it first with "
+                "`janusflow train configs/train/tiny/vq_tokenizer.yaml`, or set --vq-tokenizer"
             )
         folder = Path(settings.output_dir)
         vae = AutoencoderKL.from_pretrained(settings.autoencoder).eval().requires_grad_(False)

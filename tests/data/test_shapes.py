@@ -124,4 +124,6 @@ def test_questions_of_a_weight_come_early_as_often_as_it_says():
     questions = [Question("where", "a", "b"), *[Question("which", "c", "d")] * 4]
     first = sum(shuffled(questions, rng, 4.0)[0].kind == "where" for _ in range(4000))
     assert abs(first / 4000 - 4 / (4 + 4)) < 0.03
+    unlike = [Question("which", str(number), "b") for number in range(9)]
+    assert shuffled(unlike, rng, 1.0) == unlike  # in the order that they were asked in
     assert sorted(q.text for q in shuffled(questions, rng, 4.0)) == ["a", "c", "c", "c", "c"]

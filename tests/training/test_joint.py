@@ -253,6 +253,11 @@ def test_the_exported_pipeline_loads_and_names_no_folder(objective, settings, tm
     assert settings.autoencoder not in written
 
 
+def test_a_missing_tokenizer_is_named_with_the_command_that_makes_it(settings):
+    with pytest.raises(SettingsError, match=r"no tokenizer of pictures in nowhere; train it first"):
+        JointObjective(replace(settings, vq_tokenizer="nowhere"))
+
+
 def test_latents_have_unit_deviation(objective):
     assert objective.latents.float().std().item() == pytest.approx(1.0, abs=0.15)
 

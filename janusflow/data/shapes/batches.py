@@ -57,6 +57,8 @@ def shuffled(
 
     A weighted shuffle (Efraimidis and Spirakis 2006): the first is drawn by its weight, and so on.
     """
+    if where_weight == 1:
+        return questions  # `ask` has shuffled them
     weights = [where_weight if question.kind == "where" else 1.0 for question in questions]
     keys = rng.random(len(questions)) ** (1 / np.array(weights))
     return [questions[index] for index in np.argsort(-keys)]
