@@ -1,13 +1,15 @@
 """Time per image token of the VQ head, beside transformers' Janus on the same weights.
 
 `python sampling/benchmark.py --layers 4 --pictures 3` builds a model of Janus-Pro-1B's sizes with
-random weights and so many layers; `--model FOLDER` takes a Janus checkpoint instead. Both draw the
-same greedy pictures in turn, in one process, so that what else the machine does meets both alike.
+random weights and so many layers; `--model tiny` takes the bundled model's VQ head instead, or any
+other checkpoint's. Both draw the same greedy pictures in turn, in one process, so that what else
+the machine does meets both alike.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import tempfile
 import time
@@ -18,9 +20,11 @@ import torch
 from transformers import JanusForConditionalGeneration
 
 from janusflow import JanusFlowConfig, JanusFlowForConditionalGeneration
-from janusflow.models.checkpoints import convert, identify_layout
+from janusflow.models.checkpoints import convert
 
-PAD, BOS, BEGIN = 1, 2, 3
+PROMPT = [2, *range(10, 22), 3]
+"""Any ids will do: the first stands for the beginning of a sentence, the last for a picture's."""
+PAD = 1
 
 
 def random_model(layers: int, folder: Path) -> Path:
@@ -38,6 +42,19 @@ def random_model(layers: int, folder: Path) -> Path:
     return folder / "ours"
 
 
+def vq_part(where: str, folder: Path) -> Path:
+    """Writes a checkpoint without what transformers' Janus has no place for: the flow head."""
+    whole = JanusFlowForConditionalGeneration.from_pretrained(where)
+    whole.require_head("vq")
+    config = copy.deepcopy(whole.config)
+    config.flow_config, config.learned_begin_embedding = None, False
+    part = JanusFlowForConditionalGeneration(config)
+    missing, _ = part.load_state_dict(whole.state_dict(), strict=False)
+    assert not missing
+    part.save_pretrained(folder / "ours")
+    return folder / "ours"
+
+
 def timed(draw: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
     began = time.perf_counter()
     tokens = draw()
@@ -47,7 +64,7 @@ def timed(draw: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="folder of a Janus checkpoint")
+    parser.add_argument("--model", help='folder or hub id with a VQ head, or "tiny"')
     parser.add_argument("--layers", type=int, default=4, help="of the random model (4)")
     parser.add_argument("--pictures", type=int, default=3, help="that each of both draws (3)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -56,28 +73,24 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        source = arguments.model or random_model(arguments.layers, scratch)
-        theirs_folder = source
-        if identify_layout(source) != "janus-transformers":
-            theirs_folder = convert(source, scratch / "theirs", to="transformers")
+        if arguments.model:
+            source = vq_part(arguments.model, scratch)
+        else:
+            source = random_model(arguments.layers, scratch)
+        theirs_folder = convert(source, scratch / "theirs", to="transformers")
         ours = JanusFlowForConditionalGeneration.from_pretrained(source, dtype=dtype)
         theirs = JanusForConditionalGeneration.from_pretrained(theirs_folder, dtype=dtype)
     ours.to(arguments.device)
     theirs.to(arguments.device).eval()
     config = theirs.generation_config
-    bos = config.bos_token_id if arguments.model else BOS
-    pad = ours.config.pad_token_id if ours.config.pad_token_id is not None else PAD
-    begin = BEGIN
-    if arguments.model:
-        begin = config.generation_kwargs["boi_token_id"]
-    config.pad_token_id, config.bos_token_id = pad, bos
-    config.generation_kwargs = {"boi_token_id": begin}
-    ids = torch.tensor([[bos, *range(10, 22), begin]], device=arguments.device)
+    config.pad_token_id, config.bos_token_id = PAD, PROMPT[0]
+    config.generation_kwargs = {"boi_token_id": PROMPT[-1]}
+    ids = torch.tensor([PROMPT], device=arguments.device)
     mask = torch.ones_like(ids)
 
     def draw_ours() -> torch.Tensor:
         return ours.generate_image_tokens(
-            ids, attention_mask=mask, temperature=0, guidance_scale=5.0, pad_token_id=pad
+            ids, attention_mask=mask, temperature=0, guidance_scale=5.0, pad_token_id=PAD
         )
 
     def draw_theirs() -> torch.Tensor:

@@ -300,13 +300,11 @@ def test_a_missing_autoencoder_is_named_with_the_command_that_makes_it(tmp_path)
         ("autoencoder", AutoencoderSettings),
         ("vq_tokenizer", VQTokenizerSettings),
         ("joint", JointSettings),
-        ("both_heads", JointSettings),
     ],
 )
 def test_the_shipped_configs_fit_their_settings(name, kind):
     settings = fill(kind, read_yaml(CONFIGS / f"{name}.yaml"))
-    tasks = {"both_heads": "joint"}
-    assert settings.task == tasks.get(name, name.replace("_", "-"))
+    assert settings.task == name.replace("_", "-")
 
 
 def test_an_unknown_density_of_times_is_refused():
