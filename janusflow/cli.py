@@ -26,6 +26,7 @@ _QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_VERBOSITY": "error",
+    "KINETO_LOG_LEVEL": "99",  # torch's profiler, which counts memory for us
     "TRANSFORMERS_VERBOSITY": "error",
 }
 

@@ -238,11 +238,11 @@ class JanusFlowPipeline(DiffusionPipeline):
             head: "flow" or "vq", one of `model.generation_heads`; their first when not given, and
                 that is "flow" where there are both.
             num_inference_steps: Intervals of the time grid, for the flow head.
-            guidance_scale: Weight of classifier-free guidance; 1.0 = off, at half the cost. The
-                published 2.0 (flow) or 5.0 (VQ) when not given.
+            guidance_scale: Weight of classifier-free guidance; 1.0 = off, at half the cost. When
+                not given, this and the three of the VQ head are `model.config.drawing_defaults_of`
+                the head: the published 2.0 (flow) or 5.0 (VQ), where the model says nothing else.
             solver: A name in `janusflow.flow.solvers.SOLVERS`, for the flow head.
-            temperature: Divides the logits, for the VQ head; 0 takes the likeliest tokens, 1.0 when
-                not given.
+            temperature: Divides the logits, for the VQ head; 0 takes the likeliest tokens.
             top_k: Keeps so many tokens, for the VQ head.
             top_p: Keeps the likeliest tokens up to this probability, for the VQ head.
             num_images_per_prompt: n.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,6 @@ from janusflow.models.token_sampling import token_choice
 from janusflow.processing.processor import JanusFlowProcessor
 
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
-GUIDANCE_SCALES = {"flow": 2.0, "vq": 5.0}
-"""Published weights of guidance (arXiv 2411.07975, arXiv 2410.13848)."""
 _STATES = {"flow": "latents", "vq": "tokens"}
 
 logger = logging.getLogger(__name__)
@@ -124,9 +122,9 @@ def check_request(
             f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; the {head} head knows: "
             f"{state}"
         )
-    scale = options.guidance_scale
+    options = _with_defaults(options, model)
     common: dict[str, Any] = {
-        "guidance_scale": check_guidance_scale(GUIDANCE_SCALES[head] if scale is None else scale),
+        "guidance_scale": check_guidance_scale(options.guidance_scale),  # type: ignore[arg-type]
         "images_per_prompt": options.num_images_per_prompt,
         "callback_inputs": tuple(callback_inputs),
     }
@@ -134,6 +132,12 @@ def check_request(
     if head == "flow":
         return _flow_request(options, prompts, model, processor, common, has_vae=has_vae)
     return _token_request(options, prompts, model, processor, common)
+
+
+def _with_defaults(options: DrawOptions, model: JanusFlowForConditionalGeneration) -> DrawOptions:
+    defaults = model.config.drawing_defaults_of(options.head)
+    missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
+    return replace(options, **missing)
 
 
 def _flow_request(
@@ -203,7 +207,8 @@ def _token_request(
                 f"{name} is {side!r}; the VQ head draws {vq_head.image_size} x "
                 f"{vq_head.image_size} px only"
             )
-    temperature = 1.0 if options.temperature is None else options.temperature
+    temperature = options.temperature
+    assert temperature is not None
     token_choice(temperature, options.top_k, options.top_p, torch.Generator(), 1)
     if temperature == 0:
         _warn_of_idle(options, "greedy VQ", ("top_k", "top_p"))

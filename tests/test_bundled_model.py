@@ -31,6 +31,12 @@ def test_it_draws_the_readmes_prompt(pipe):
     assert (out.nfe, out.num_forward_passes, out.seeds) == (30, 60, (0,))
 
 
+def test_its_vq_head_draws_it_too(pipe):
+    out = pipe(PROMPT, head="vq", seed=0, num_images_per_prompt=4)
+    assert sum(fulfils(image, MEANING) for image in out.images) >= 3
+    assert (out.nfe, out.num_forward_passes, out.tokens.shape) == (64, 128, (4, 64))
+
+
 def test_it_tells_what_is_in_a_picture(pipe):
     objects = (
         ShapeObject("circle", "red", 0.5, 0.25, 0.17),
@@ -46,7 +52,8 @@ def test_it_tells_what_is_in_a_picture(pipe):
 
 def test_its_pictures_and_answers_are_mostly_right(pipe):
     # A share of 48 pictures strays by 0.05.
-    assert score_pictures(pipe, num=48, num_inference_steps=12)["overall"] >= 0.75
+    assert score_pictures(pipe, num=48, num_inference_steps=12)["overall"] >= 0.8
+    assert score_pictures(pipe, num=48, head="vq")["overall"] >= 0.7
     assert score_answers(pipe, num=300)["overall"] >= 0.85
 
 
@@ -59,8 +66,9 @@ def test_its_picture_is_the_same_alone_and_in_a_batch(pipe):
 
 
 @pytest.mark.slow
-def test_its_pictures_reach_the_goal(pipe):
-    assert score_pictures(pipe, num=300, num_inference_steps=30)["overall"] >= 0.85
+@pytest.mark.parametrize(("head", "goal"), [("flow", 0.9), ("vq", 0.8)])
+def test_its_pictures_reach_the_goal(pipe, head, goal):
+    assert score_pictures(pipe, num=300, head=head)["overall"] >= goal
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import make_pipeline
 from transformers import AutoProcessor
 
-from janusflow import JanusFlowPipeline, SettingsError
+from janusflow import JanusFlowConfig, JanusFlowPipeline, SettingsError
 from janusflow.models.checkpoints import convert
 
 PROMPT = "a red circle above a blue square"
@@ -250,3 +250,27 @@ def test_a_folder_converted_for_transformers_is_read_there_and_here(tmp_path: Pa
     back.set_progress_bar_config(disable=True)
     assert torch.equal(draw(back, seed=0).tokens, draw(pipe, seed=0).tokens)
     assert back.processor.num_image_tokens == 16
+
+
+def test_a_model_may_say_what_its_heads_draw_with(pipe: JanusFlowPipeline) -> None:
+    published = {"guidance_scale": 5.0, "temperature": 1.0}
+    own = {"guidance_scale": 1.0, "temperature": 0.1, "top_k": 3}
+    by_default = draw(pipe, seed=5).tokens
+    asked = draw(pipe, seed=5, **own).tokens
+    assert torch.equal(by_default, draw(pipe, seed=5, **published).tokens)
+    assert not torch.equal(by_default, asked)
+    pipe.model.config.drawing_defaults = {"vq": own}
+    try:
+        assert torch.equal(draw(pipe, seed=5).tokens, asked)
+        every = draw(pipe, seed=5, top_k=40, **published).tokens
+        assert torch.equal(every, by_default)
+    finally:
+        pipe.model.config.drawing_defaults = None
+
+
+@pytest.mark.parametrize(
+    "defaults", [{"vk": {}}, {"vq": {"temprature": 1.0}}, {"flow": {"temperature": 1.0}}]
+)
+def test_defaults_that_no_head_knows_are_refused(defaults: dict) -> None:
+    with pytest.raises(SettingsError, match="drawing_defaults"):
+        JanusFlowConfig(drawing_defaults=defaults)

@@ -99,10 +99,11 @@ def load_pipeline(arguments: argparse.Namespace, *, pictures: bool = True) -> Ja
     return pipe
 
 
-_OPTIONS = {  # of each head: the pipeline's argument, the command's, its default
-    "flow": (("num_inference_steps", "steps", 30), ("solver", "solver", "euler")),
-    "vq": (("temperature", "temperature", 1.0), ("top_k", "top_k", None), ("top_p", "top_p", None)),
+_OPTIONS = {  # of each head: the pipeline's argument and the command's
+    "flow": {"num_inference_steps": "steps", "solver": "solver"},
+    "vq": {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p"},
 }
+_DEFAULTS = {"num_inference_steps": 30, "solver": "euler"}
 
 
 def drawing_options(arguments: argparse.Namespace, pipe: JanusFlowPipeline) -> dict[str, Any]:
@@ -114,19 +115,16 @@ def drawing_options(arguments: argparse.Namespace, pipe: JanusFlowPipeline) -> d
     Raises:
         SettingsError: If the model does not hold the head.
     """
-    from janusflow.requests import GUIDANCE_SCALES
-
     head = arguments.head = pipe.pick_head(arguments.head)
-    if arguments.guidance is None:
-        arguments.guidance = GUIDANCE_SCALES[head]
-    options: dict[str, Any] = {"head": head, "guidance_scale": arguments.guidance}
-    for owner, entries in _OPTIONS.items():
-        for keyword, name, default in entries:
+    defaults = {**_DEFAULTS, **pipe.model.config.drawing_defaults_of(head)}
+    options: dict[str, Any] = {"head": head}
+    for owner, names in _OPTIONS.items():
+        for keyword, name in {"guidance_scale": "guidance", **names}.items():
             given = getattr(arguments, name)
             if owner == head:
-                options[keyword] = default if given is None else given
+                options[keyword] = defaults[keyword] if given is None else given
                 setattr(arguments, name, options[keyword])
-            elif given is not None:
+            elif given is not None and name in names.values():
                 logger.warning("the %s head makes no use of --%s", head, name.replace("_", "-"))
                 setattr(arguments, name, None)
     return options

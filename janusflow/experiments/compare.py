@@ -8,7 +8,6 @@ Axes: N pictures, d features.
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
@@ -470,51 +469,39 @@ class _Work:
 
     def _measure(self, variant: Variant) -> Row:
         self._one(variant)  # the first call sets things up
-        cuda = self.pipes[variant.head].device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
         seconds = []
-        with _PeakMemory() as memory:
-            for _ in range(3):
-                began = time.perf_counter()
-                self._one(variant)
-                seconds.append(time.perf_counter() - began)
-        peak = torch.cuda.max_memory_allocated() if cuda else memory.growth
+        for _ in range(3):
+            began = time.perf_counter()
+            self._one(variant)
+            seconds.append(time.perf_counter() - began)
         return {
             "seconds_a_picture": round(sorted(seconds)[1], 4),
-            "peak_memory_mb": round(peak / 2**20, 1),
+            "peak_memory_mb": round(self._peak_bytes(variant) / 2**20, 1),
         }
+
+    def _peak_bytes(self, variant: Variant) -> int:
+        """The most bytes of tensors that drawing a picture holds besides the weights."""
+        device = self.pipes[variant.head].device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            self._one(variant)
+            return torch.cuda.max_memory_allocated(device) - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            self._one(variant)
+        assert found.profiler is not None
+        assert found.profiler.kineto_results is not None
+        events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+        live = most = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            live += event.nbytes()
+            most = max(most, live)
+        return most
 
     def _one(self, variant: Variant) -> Any:
         return self.pipes[variant.head](
             self.prompts[0], head=variant.head, seed=0, output_type="pt", **variant.options
         )
-
-
-class _PeakMemory:
-    """How much more memory the process had at most, by looking every few milliseconds."""
-
-    def __enter__(self) -> _PeakMemory:
-        self._process = psutil.Process()
-        self._start = self._process.memory_info().rss
-        self._most = self._start
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.005):
-            self._most = max(self._most, self._process.memory_info().rss)
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    @property
-    def growth(self) -> int:
-        """Bytes."""
-        return self._most - self._start
 
 
 def _rounded(pictures: Tensor) -> Tensor:

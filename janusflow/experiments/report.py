@@ -31,7 +31,8 @@ _TABLES = {
     ),
     "timings": (
         "What it takes, measured here",
-        "For one picture on this machine; this table alone differs from run to run.",
+        "For one picture on this machine; this table alone differs from run to run. Memory is the "
+        "most that tensors besides the weights take at a time.",
     ),
 }
 _FIGURES = {

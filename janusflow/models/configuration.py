@@ -82,6 +82,13 @@ class FlowHeadConfig(PreTrainedConfig):
         return (self.latent_size // self.patch_size) ** 2
 
 
+DRAWING_DEFAULTS: dict[str, dict[str, Any]] = {
+    "flow": {"guidance_scale": 2.0},
+    "vq": {"guidance_scale": 5.0, "temperature": 1.0, "top_k": None, "top_p": None},
+}
+"""What the published models draw with (arXiv 2411.07975, arXiv 2410.13848)."""
+
+
 class JanusFlowConfig(PreTrainedConfig):
     """One language model, one understanding path, and the generation heads that it holds.
 
@@ -99,6 +106,9 @@ class JanusFlowConfig(PreTrainedConfig):
         pad_token_id: Id that fills padded places, which are always masked.
         pixel_mean: Mean of a second normalisation in front of the tower, by channel, or None.
         pixel_std: Deviation of that normalisation, or None.
+        drawing_defaults: By head, what it draws with where nothing else is asked for, such as
+            `{"vq": {"guidance_scale": 2.0}}`; the values of `DRAWING_DEFAULTS` where it says
+            nothing.
     """
 
     model_type = "janusflow"
@@ -118,6 +128,7 @@ class JanusFlowConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     pixel_mean: list[float] | None = None
     pixel_std: list[float] | None = None
+    drawing_defaults: dict[str, dict[str, Any]] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -150,6 +161,16 @@ class JanusFlowConfig(PreTrainedConfig):
                         f"vq_config.{key} {getattr(self.vq_config, key)} must equal "
                         f"text_config.hidden_size {self.text_config.hidden_size}"
                     )
+
+        for head, values in (self.drawing_defaults or {}).items():
+            unknown = set(values) - set(DRAWING_DEFAULTS.get(head, ()))
+            if head not in DRAWING_DEFAULTS or unknown:
+                known = {name: list(entries) for name, entries in DRAWING_DEFAULTS.items()}
+                raise SettingsError(f"drawing_defaults are {self.drawing_defaults}; known: {known}")
+
+    def drawing_defaults_of(self, head: str) -> dict[str, Any]:
+        """What a head draws with where nothing else is asked for."""
+        return {**DRAWING_DEFAULTS[head], **(self.drawing_defaults or {}).get(head, {})}
 
     @property
     def num_understanding_tokens(self) -> int:

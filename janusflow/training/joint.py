@@ -141,7 +141,6 @@ class PreviewSettings:
     num: int = 48
     num_inference_steps: int = 20
     guidance_scale: float = 2.0
-    vq_guidance_scale: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -159,6 +158,8 @@ class JointSettings:
     looking: LookingSettings = field(default_factory=LookingSettings)
     patches: PatchSettings = field(default_factory=PatchSettings)
     preview: PreviewSettings = field(default_factory=PreviewSettings)
+    drawing_defaults: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Kept in the model's config; see `JanusFlowConfig`."""
     loop: LoopSettings = field(default_factory=LoopSettings)
 
 
@@ -183,7 +184,7 @@ class JointObjective(Objective):
         vae = AutoencoderKL.from_pretrained(settings.autoencoder).eval().requires_grad_(False)
         self._frozen = {"vae": vae}  # in a dict: no part of what is trained and saved
         self.processor = _processor(folder / "tokenizer", settings.model)
-        config = _model_config(settings.model, vae, self.processor)
+        config = _model_config(settings, vae, self.processor)
         if settings.vq_tokenizer is not None:
             tokenizer = JanusVQVAE.from_pretrained(settings.vq_tokenizer)
             config.vq_config = _vq_config(tokenizer, settings.model)
@@ -341,7 +342,7 @@ class JointObjective(Objective):
                 "num_inference_steps": settings.num_inference_steps,
                 "guidance_scale": settings.guidance_scale,
             },
-            "vq": {"guidance_scale": settings.vq_guidance_scale},
+            "vq": {},
         }
         scores = {}
         for head in self.model.generation_heads:
@@ -386,8 +387,9 @@ def _processor(folder: Path, sizes: ModelSizes) -> JanusFlowProcessor:
 
 
 def _model_config(
-    sizes: ModelSizes, vae: AutoencoderKL, processor: JanusFlowProcessor
+    settings: JointSettings, vae: AutoencoderKL, processor: JanusFlowProcessor
 ) -> JanusFlowConfig:
+    sizes = settings.model
     return JanusFlowConfig(
         text_config={
             "vocab_size": sizes.vocab_size,
@@ -419,6 +421,7 @@ def _model_config(
         },
         image_token_id=processor.image_token_id,
         pad_token_id=processor.pad_token_id,
+        drawing_defaults=settings.drawing_defaults or None,
     )
 
 
@@ -426,6 +429,7 @@ def _vq_config(tokenizer: JanusVQVAE, sizes: ModelSizes) -> JanusVQVAEConfig:
     width = sizes.language_width
     values = {**tokenizer.config.to_dict(), "projection_dim": width, "image_token_embed_dim": width}
     values.pop("model_type")
+    values["_name_or_path"] = ""  # the folder it was loaded from
     return JanusVQVAEConfig(**values)
 
 
