@@ -269,7 +269,7 @@ def test_a_model_may_say_what_its_heads_draw_with(pipe: JanusFlowPipeline) -> No
 
 
 @pytest.mark.parametrize(
-    "defaults", [{"vk": {}}, {"vq": {"temprature": 1.0}}, {"flow": {"temperature": 1.0}}]
+    "defaults", [{"vk": {}}, {"vq": {"temperatures": 1.0}}, {"flow": {"temperature": 1.0}}]
 )
 def test_defaults_that_no_head_knows_are_refused(defaults: dict) -> None:
     with pytest.raises(SettingsError, match="drawing_defaults"):
