@@ -117,6 +117,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(generate)
     _add_sampling(generate)
     generate.add_argument(
+        "--negative", metavar="TEXT", help="what to be guided away from, instead of no condition"
+    )
+    generate.add_argument(
+        "--image",
+        metavar="FILE",
+        help="flow: picture to edit; the published model never learned to",
+    )
+    generate.add_argument(
+        "--strength", type=_finite, metavar="S",
+        help="flow: of an edit, above 0 and at most 1 (0.6)",
+    )  # fmt: skip
+    generate.add_argument(
+        "--mask-image", metavar="FILE", help="flow: white where the picture is to be drawn anew"
+    )
+    generate.add_argument(
         "--num-images", type=_at_least(1), default=1, metavar="N", help="a prompt (1)"
     )
     generate.add_argument(
@@ -162,6 +177,17 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the results"
     )
     compare.set_defaults(takes_overrides=True)
+
+    sweep = add(
+        "sweep", "Draw the same prompts and noise in many ways and measure them, going on where an "
+        "earlier run stopped. Any setting of the config can be overridden after it, by "
+        "--section.key value.",
+    )  # fmt: skip
+    sweep.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    sweep.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the results"
+    )
+    sweep.set_defaults(takes_overrides=True)
 
     evaluate = add("eval", "Score a model on a benchmark.", module="evaluate")
     benchmarks = evaluate.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
@@ -212,6 +238,21 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--steps", type=_at_least(1), metavar="N", help="flow: intervals in time (30)"
     )
     parser.add_argument("--solver", help="flow: of the ODE (euler)")
+    parser.add_argument(
+        "--shift", type=_finite, metavar="S", help="flow: above 1, more steps near the noise (1.0)"
+    )
+    parser.add_argument("--rtol", type=_finite, metavar="R", help="flow: of adaptive solvers")
+    parser.add_argument("--atol", type=_finite, metavar="A", help="flow: of adaptive solvers")
+    parser.add_argument(
+        "--guidance-method", metavar="NAME", help="flow: cfg, cfg-zero or apg (cfg)"
+    )
+    parser.add_argument(
+        "--guidance-interval", type=_finite, nargs=2, metavar=("A", "B"),
+        help="flow: times between which there is guidance, 0 is noise (0 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--guidance-rescale", type=_finite, metavar="R", help="flow: share of rescaling (0)"
+    )
     parser.add_argument(
         "--temperature", type=_finite, metavar="T", help="vq: of the draws, 0 is greedy (1.0)"
     )

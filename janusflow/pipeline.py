@@ -7,23 +7,25 @@ prompts are written and how an ODE is solved is known elsewhere.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from janusflow import drawing
+from janusflow.drawing import StepEndCallback
 from janusflow.errors import CheckpointError, SettingsError
+from janusflow.flow.guidance import Guidance
 from janusflow.flow.noise import first_seed
-from janusflow.flow.solvers import SolveStopped, solve
 from janusflow.models.answers import SAMPLING_OPTIONS, sampling_processors, stream_text
 from janusflow.models.autoencoder import (
     SDXL_VAE,
@@ -34,18 +36,16 @@ from janusflow.models.autoencoder import (
     without_float16,
 )
 from janusflow.models.modeling import JanusFlowForConditionalGeneration
-from janusflow.models.token_sampling import draw_tokens, token_choice
+from janusflow.models.prefix import EncodedPrompts
 from janusflow.processing.processor import JanusFlowProcessor
-from janusflow.requests import DrawOptions, Request, check_count, check_request
+from janusflow.requests import (
+    DrawOptions,
+    check_count,
+    check_request,
+    tokenize,
+)
 
 OutputType = Literal["pil", "pt", "np", "latent"]
-
-StepEndCallback = Callable[["JanusFlowPipeline", int, float, dict[str, Tensor]], "dict | None"]
-"""`callback(pipe, step, t, {"latents": …})` after every step, t the time that was reached.
-
-For the VQ head `callback(pipe, index, share, {"tokens": …})` after every token, share the part of
-all tokens that is drawn.
-"""
 
 # Of `GenerationConfig`, but said otherwise here, or changing what `generate` returns.
 _NOT_OF_CHAT = {"max_length", "num_return_sequences", "return_dict_in_generate"}
@@ -68,6 +68,8 @@ class JanusFlowOutput:
             again from its prompt, its seed and the settings alone.
         tokens: Of the VQ head: int64 (B, N), on the pipeline's device. Of a call that was
             interrupted, as many as were drawn; its images show token 0 in all other places.
+        trajectory: Of the flow head, when asked for: the states at all times, on the CPU,
+            (steps + 1, B, C, H/8, W/8).
     """
 
     images: Any
@@ -76,6 +78,7 @@ class JanusFlowOutput:
     num_forward_passes: int
     seeds: tuple[int, ...] | None
     tokens: Tensor | None = None
+    trajectory: Tensor | None = None
 
 
 class JanusFlowPipeline(DiffusionPipeline):
@@ -207,15 +210,24 @@ class JanusFlowPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | EncodedPrompts,
         *,
+        negative_prompt: str | Sequence[str] | None = None,
         head: str | None = None,
         num_inference_steps: int = 30,
         guidance_scale: float | None = None,
-        solver: str = "euler",
+        guidance: Guidance | None = None,
+        solver: str | SchedulerMixin = "euler",
+        shift: float = 1.0,
+        times: Tensor | Sequence[float] | None = None,
+        rtol: float | None = None,
+        atol: float | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        image: Any = None,
+        strength: float = 0.6,
+        mask_image: Any = None,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -223,6 +235,7 @@ class JanusFlowPipeline(DiffusionPipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: OutputType = "pil",
+        return_trajectory: bool = False,
         callback_on_step_end: StepEndCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
         batch_size: int | None = None,
@@ -234,17 +247,35 @@ class JanusFlowPipeline(DiffusionPipeline):
         of its own: the noise of the flow head, the draws of the VQ head.
 
         Args:
-            prompt: One text or several; "" draws without a condition.
+            prompt: One text or several, "" draws without a condition; or what `encode_prompts`
+                gave, so that many calls share it.
+            negative_prompt: What to be guided away from, instead of no condition; one text, or one
+                for each prompt.
             head: "flow" or "vq", one of `model.generation_heads`; their first when not given, and
                 that is "flow" where there are both.
             num_inference_steps: Intervals of the time grid, for the flow head.
             guidance_scale: Weight of classifier-free guidance; 1.0 = off, at half the cost. When
                 not given, this and the three of the VQ head are `model.config.drawing_defaults_of`
                 the head: the published 2.0 (flow) or 5.0 (VQ), where the model says nothing else.
-            solver: A name in `janusflow.flow.solvers.SOLVERS`, for the flow head.
+            guidance: Instead of the scale, for the flow head: interval, schedule, CFG-Zero*, APG,
+                rescaling.
+            solver: For the flow head, a name of `janusflow.flow.solvers.solver_names()` or a
+                diffusers flow scheduler, of which a copy is used. Adaptive ones take image by
+                image.
+            shift: Of the time grid, for the flow head; see `janusflow.flow.timesteps.time_grid`.
+            times: Instead of `num_inference_steps` and `shift`: increasing times from 0 to 1.
+            rtol: Relative tolerance of an adaptive solver.
+            atol: Its absolute tolerance.
             temperature: Divides the logits, for the VQ head; 0 takes the likeliest tokens.
             top_k: Keeps so many tokens, for the VQ head.
             top_p: Keeps the likeliest tokens up to this probability, for the VQ head.
+            image: Picture to edit, for the flow head: anything that
+                `janusflow.processing.images.load_image` reads, one, or one for each prompt; cropped
+                to the size that is drawn. Drawing starts from it under noise (arXiv 2108.01073).
+                The published model was not trained for it.
+            strength: Of an edit, in (0, 1]: 1 draws anew. `num_inference_steps` counts the steps
+                of a whole path, of which this share is taken.
+            mask_image: Of an edit: white where to draw, black where to keep the picture.
             num_images_per_prompt: n.
             height: In pixels, a multiple of latent cell times patch; the trained size when not
                 given, which is the only one of the VQ head.
@@ -255,6 +286,8 @@ class JanusFlowPipeline(DiffusionPipeline):
             latents: Instead of both, for the flow head: the noise `x_0` of all images,
                 (P · n, C, H/8, W/8); float64 noise is integrated in float64, all other in float32.
             output_type: "pil", "pt", "np" or "latent" (latents or tokens).
+            return_trajectory: Keep the flow head's state after every step, on the CPU: as many
+                times the memory of the latents as there are steps, and one more.
             callback_on_step_end: See `StepEndCallback`; latents in the dict that it returns replace
                 those of the step. With `batch_size` it sees one batch after the other.
             callback_on_step_end_tensor_inputs: What its dict holds: there is "latents" for the flow
@@ -269,12 +302,21 @@ class JanusFlowPipeline(DiffusionPipeline):
         head = self.pick_head(head)
         options = DrawOptions(
             head=head,
+            negative_prompt=negative_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance=guidance,
             solver=solver,
+            shift=shift,
+            times=times,
+            rtol=rtol,
+            atol=atol,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            image=image,
+            strength=strength,
+            mask_image=mask_image,
             num_images_per_prompt=num_images_per_prompt,
             height=height,
             width=width,
@@ -282,6 +324,7 @@ class JanusFlowPipeline(DiffusionPipeline):
             generator=generator,
             latents=latents,
             output_type=output_type,
+            return_trajectory=return_trajectory,
             callback_inputs=callback_on_step_end_tensor_inputs,
             batch_size=batch_size,
         )
@@ -290,31 +333,69 @@ class JanusFlowPipeline(DiffusionPipeline):
         )
         self._interrupt = False
         _load_to_accelerator(self.model)
-        draw = self._draw_latents if head == "flow" else self._draw_tokens
-        parts, most = [], 0
+        draw = drawing.draw_latents if head == "flow" else drawing.draw_picture_tokens
+        parts = []
         batches = range(0, request.num_images, request.batch_size)
         with self.progress_bar(total=len(batches) * request.num_steps) as bar:
             for start in batches:
                 stop = min(start + request.batch_size, request.num_images)
-                part, evaluations = draw(request, start, stop, callback_on_step_end, bar.update)
-                parts.append(part)
-                most = max(most, evaluations)
+                parts.append(draw(self, request, start, stop, callback_on_step_end, bar.update))
         images: Any
-        latents = tokens = None
+        latents = tokens = trajectory = None
         if head == "flow":
-            images = latents = torch.cat(parts)
+            images = latents = torch.cat([part.states for part in parts])
+            if request.return_trajectory:
+                # As long as all have come, of a call that was interrupted.
+                states = zip(*(part.trajectory for part in parts), strict=False)
+                trajectory = torch.stack([torch.cat(batch) for batch in states])
             if output_type != "latent":
                 images = _as_images(decode(without_float16(self.vae), latents), output_type)
         else:
-            tokens = nn.utils.rnn.pad_sequence([row for part in parts for row in part], True)
-            images = tokens
+            rows = [row for part in parts for row in part.states]
+            images = tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
             if output_type != "latent":
                 missing = self.model.vq_head.num_image_tokens - tokens.shape[1]
                 whole = nn.functional.pad(tokens, (0, missing))
                 images = _as_images(self.model.vq_head.decode(whole), output_type)
         self.maybe_free_model_hooks()
-        rows = 1 if request.guidance_scale == 1.0 else 2
-        return JanusFlowOutput(images, latents, most, most * rows, request.seeds, tokens)
+        return JanusFlowOutput(
+            images=images,
+            latents=latents,
+            nfe=max(part.nfe for part in parts),
+            num_forward_passes=max(part.num_forward_passes for part in parts),
+            seeds=request.seeds,
+            tokens=tokens,
+            trajectory=trajectory,
+        )
+
+    @torch.no_grad()
+    def encode_prompts(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        head: str | None = None,
+        guided: bool = True,
+    ) -> EncodedPrompts:
+        """Runs prompts through the language model, to be drawn again and again.
+
+        Args:
+            prompt: As of a call.
+            negative_prompt: As of a call.
+            head: As of a call.
+            guided: Whether they can be guided; without, they take half the memory.
+
+        Returns:
+            What a call takes as `prompt`.
+
+        Raises:
+            PromptError: As a call.
+            SettingsError: As a call.
+        """
+        head = self.pick_head(head)
+        prompts = tokenize(prompt, negative_prompt, head, self.model, self.processor)
+        _load_to_accelerator(self.model)
+        return drawing.encode_prompts(self, prompts, head, guided=guided)
 
     def pick_head(self, head: str | None = None) -> str:
         """The head to draw with: the given one, or else the first that the model holds.
@@ -327,103 +408,6 @@ class JanusFlowPipeline(DiffusionPipeline):
             head = held[0] if held else "flow"
         self.model.require_head(head)
         return head
-
-    def _prompts(self, request: Request, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids and mask of the prompts of images `start` to `stop`, and each image's row in them."""
-        owners = torch.arange(start, stop) // request.images_per_prompt
-        first, last = int(owners[0]), int(owners[-1]) + 1
-        input_ids, mask = request.input_ids[first:last], request.attention_mask[first:last]
-        longest = int(mask.sum(1).max())
-        device = self._execution_device
-        return (
-            input_ids[:, -longest:].to(device),
-            mask[:, -longest:].to(device),
-            (owners - first).to(device),
-        )
-
-    def _draw_latents(
-        self,
-        request: Request,
-        start: int,
-        stop: int,
-        callback: StepEndCallback | None,
-        tick: Callable[[], object],
-    ) -> tuple[Tensor, int]:
-        """Latents of the images `start` to `stop`, and the evaluations made."""
-        assert request.noise is not None
-        assert request.times is not None
-        x_0 = request.noise[start:stop].to(self._execution_device)
-        if self._interrupt:
-            return x_0, 0
-        input_ids, mask, owners = self._prompts(request, start, stop)
-        prefix = self.model.encode_prompt(input_ids, mask)
-        free = None
-        if request.guidance_scale != 1.0:
-            free = self.model.encode_unconditional(input_ids, mask)
-        field = self.model.guided_field(prefix.select(owners), free, request.guidance_scale)
-        evaluations, reached = 0, x_0
-
-        def counted(x: Tensor, t: Tensor) -> Tensor:
-            nonlocal evaluations
-            evaluations += 1
-            return field(x, t)
-
-        def on_step(step: int, t: Tensor, x: Tensor) -> Tensor:
-            nonlocal reached
-            reached = x
-            if callback is not None:
-                held = dict.fromkeys(request.callback_inputs, x)
-                changed = callback(self, step, float(t), held) or {}
-                reached = _fitting(changed.get("latents", x), x)
-            tick()
-            if self._interrupt:
-                raise SolveStopped
-            return reached
-
-        with contextlib.suppress(SolveStopped):  # `reached` is what a whole run ends in, too
-            solve(counted, x_0, request.times, solver=request.solver, on_step=on_step)
-        return reached, evaluations
-
-    def _draw_tokens(
-        self,
-        request: Request,
-        start: int,
-        stop: int,
-        callback: StepEndCallback | None,
-        tick: Callable[[], object],
-    ) -> tuple[Tensor, int]:
-        """Tokens of the images `start` to `stop`, and how many of each were drawn."""
-        assert request.generators is not None
-        if self._interrupt:
-            return torch.zeros(stop - start, 0, dtype=torch.long), 0
-        input_ids, mask, owners = self._prompts(request, start, stop)
-        guided = request.guidance_scale != 1.0
-        pad = self.processor.pad_token_id if guided else None
-        prefix, hidden = self.model.encode_token_prompt(input_ids, mask, pad)
-        rows = torch.cat([owners, owners + len(input_ids)]) if guided else owners
-
-        def on_token(index: int, tokens: Tensor) -> bool:
-            if callback is not None:
-                held = dict.fromkeys(request.callback_inputs, tokens)
-                if callback(self, index, (index + 1) / request.num_steps, held):
-                    raise SettingsError(
-                        "callback_on_step_end gave tokens back; those of the VQ head cannot be "
-                        "exchanged: return None"
-                    )
-            tick()
-            return self._interrupt
-
-        sampling = request.temperature, request.top_k, request.top_p
-        tokens = draw_tokens(
-            self.model,
-            prefix.select(rows),
-            hidden[rows],
-            num_tokens=request.num_steps,
-            guidance_scale=request.guidance_scale,
-            choose=token_choice(*sampling, request.generators[start:stop], stop - start),
-            on_token=on_token,
-        )
-        return tokens, tokens.shape[1]
 
     # Answers
 
@@ -567,13 +551,3 @@ def _as_images(pixels: Tensor, output_type: str) -> Any:
     if output_type == "np":
         return channels_last.numpy()
     return [Image.fromarray(one) for one in (255 * channels_last).round().byte().numpy()]
-
-
-def _fitting(latents: Any, like: Tensor) -> Tensor:
-    """Latents that a callback gave, in the state's dtype and place."""
-    if not isinstance(latents, Tensor) or latents.shape != like.shape:
-        raise SettingsError(
-            f"callback_on_step_end gave latents of another shape than {tuple(like.shape)}; return "
-            "them as they came, or none"
-        )
-    return latents.to(like)

@@ -11,16 +11,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from janusflow.errors import SettingsError
-from janusflow.flow.guidance import check_guidance_scale
+from janusflow.flow.editing import edit_times, latent_mask
+from janusflow.flow.guidance import Guidance
 from janusflow.flow.noise import image_generators, image_noise, spawn_generators
 from janusflow.flow.solvers import make_solver
-from janusflow.flow.timesteps import time_grid
+from janusflow.flow.timesteps import check_times, time_grid
 from janusflow.models.modeling import JanusFlowForConditionalGeneration
+from janusflow.models.prefix import EncodedPrompts
 from janusflow.models.token_sampling import token_choice
+from janusflow.processing.images import load_image
 from janusflow.processing.processor import JanusFlowProcessor
 
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
@@ -34,12 +39,21 @@ class DrawOptions:
     """Arguments of `JanusFlowPipeline.__call__`, where they are described, head resolved."""
 
     head: str
+    negative_prompt: str | Sequence[str] | None
     num_inference_steps: int
     guidance_scale: float | None
-    solver: str
+    guidance: Guidance | None
+    solver: Any
+    shift: float
+    times: Tensor | Sequence[float] | None
+    rtol: float | None
+    atol: float | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
+    image: Any
+    strength: float
+    mask_image: Any
     num_images_per_prompt: int
     height: int | None
     width: int | None
@@ -47,8 +61,42 @@ class DrawOptions:
     generator: torch.Generator | Sequence[torch.Generator] | None
     latents: Tensor | None
     output_type: str
+    return_trajectory: bool
     callback_inputs: Sequence[str] | None
     batch_size: int | None
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Texts as ids, not yet run.
+
+    Attributes:
+        input_ids: (P, L).
+        attention_mask: (P, L).
+        negative_ids: Of negative prompts, (P, L').
+        negative_mask: (P, L').
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    negative_ids: Tensor | None = None
+    negative_mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def rows(self, start: int, stop: int) -> Prompts:
+        """Those from `start` to `stop`, without the padding that all of them have."""
+        part = _trimmed(self.input_ids[start:stop], self.attention_mask[start:stop])
+        if self.negative_ids is None or self.negative_mask is None:
+            return Prompts(*part)
+        return Prompts(
+            *part, *_trimmed(self.negative_ids[start:stop], self.negative_mask[start:stop])
+        )
+
+    def to(self, device: torch.device) -> dict[str, Tensor]:
+        """All that there is, by name, on a device."""
+        return {name: held.to(device) for name, held in vars(self).items() if held is not None}
 
 
 @dataclass(frozen=True)
@@ -56,36 +104,46 @@ class Request:
     """A call that was found to be in order.
 
     Attributes:
-        input_ids: (P, L).
-        attention_mask: (P, L).
+        prompts: P of them, as ids or as the language model ran them.
         images_per_prompt: Images of each prompt.
         num_images: B.
         batch_size: Images to compute at once.
         num_steps: Steps that follow each other: intervals of time, or tokens.
-        guidance_scale: 1.0 = off.
+        guidance: How they are guided; for the VQ head its scale alone counts.
         seeds: By image, where seeds make its random numbers.
         callback_inputs: Names of what a callback's dict holds.
         noise: Of the flow head, (B, C, h, w).
         times: Of the flow head, (steps + 1,).
         solver: Of the flow head.
-        generators: Of the VQ head, by image.
+        rtol: Of the flow head's solver, where it is adaptive; None = its own.
+        atol: As `rtol`.
+        return_trajectory: Of the flow head, whether all states are kept.
+        pictures: Of the flow head, what is edited, (B, 3, H, W) in [-1, 1].
+        strength: Of an edit.
+        mask: Of an edit, the cells to draw, bool (B, 1, h, w).
+        generators: By image, of the VQ head's tokens or the steps of a stochastic solver.
         temperature: Of the VQ head.
         top_k: Of the VQ head.
         top_p: Of the VQ head.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
+    prompts: Prompts | EncodedPrompts
     images_per_prompt: int
     num_images: int
     batch_size: int
     num_steps: int
-    guidance_scale: float
+    guidance: Guidance
     seeds: tuple[int, ...] | None
     callback_inputs: tuple[str, ...]
     noise: Tensor | None = None
     times: Tensor | None = None
-    solver: str = "euler"
+    solver: Any = "euler"
+    rtol: float | None = None
+    atol: float | None = None
+    return_trajectory: bool = False
+    pictures: Tensor | None = None
+    strength: float = 1.0
+    mask: Tensor | None = None
     generators: tuple[torch.Generator, ...] | None = None
     temperature: float = 1.0
     top_k: int | None = None
@@ -94,7 +152,7 @@ class Request:
 
 def check_request(
     options: DrawOptions,
-    prompt: str | Sequence[str],
+    prompt: str | Sequence[str] | EncodedPrompts,
     model: JanusFlowForConditionalGeneration,
     processor: JanusFlowProcessor,
     *,
@@ -122,16 +180,30 @@ def check_request(
             f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; the {head} head knows: "
             f"{state}"
         )
-    options = _with_defaults(options, model)
     common: dict[str, Any] = {
-        "guidance_scale": check_guidance_scale(options.guidance_scale),  # type: ignore[arg-type]
+        "guidance": _guidance(options, model),
         "images_per_prompt": options.num_images_per_prompt,
         "callback_inputs": tuple(callback_inputs),
     }
-    prompts = [prompt] if isinstance(prompt, str) else prompt
+    options = _with_defaults(options, model)
     if head == "flow":
-        return _flow_request(options, prompts, model, processor, common, has_vae=has_vae)
-    return _token_request(options, prompts, model, processor, common)
+        return _flow_request(options, prompt, model, processor, common, has_vae=has_vae)
+    return _token_request(options, prompt, model, processor, common)
+
+
+def _guidance(options: DrawOptions, model: JanusFlowForConditionalGeneration) -> Guidance:
+    scale, guidance = options.guidance_scale, options.guidance
+    if guidance is None:
+        defaults = model.config.drawing_defaults_of(options.head)
+        return Guidance(defaults["guidance_scale"] if scale is None else scale)
+    if scale is not None:
+        raise SettingsError("guidance_scale and guidance both say the weight; give one of them")
+    if not isinstance(guidance, Guidance):
+        raise SettingsError(
+            f"guidance must be a janusflow.flow.guidance.Guidance, got {guidance!r}; a number is "
+            "guidance_scale"
+        )
+    return guidance
 
 
 def _with_defaults(options: DrawOptions, model: JanusFlowForConditionalGeneration) -> DrawOptions:
@@ -142,7 +214,7 @@ def _with_defaults(options: DrawOptions, model: JanusFlowForConditionalGeneratio
 
 def _flow_request(
     options: DrawOptions,
-    prompts: Sequence[str],
+    prompt: str | Sequence[str] | EncodedPrompts,
     model: JanusFlowForConditionalGeneration,
     processor: JanusFlowProcessor,
     common: dict[str, Any],
@@ -150,8 +222,8 @@ def _flow_request(
     has_vae: bool,
 ) -> Request:
     config = model.flow_config
-    times = time_grid(options.num_inference_steps)
-    make_solver(options.solver)
+    times = _times(options)
+    solver = make_solver(options.solver)
     _warn_of_idle(options, "flow", ("temperature", "top_k", "top_p"))
     if not has_vae and options.output_type != "latent":
         raise SettingsError(
@@ -166,34 +238,97 @@ def _flow_request(
                 raise SettingsError(f"{name} must be a multiple of {cell} pixels, got {side}")
     rows = (options.height or config.image_size) // config.vae_scale_factor
     columns = (options.width or config.image_size) // config.vae_scale_factor
-    input_ids, mask = _tokenize(
-        prompts, "flow", model, processor, rows * columns // config.patch_size**2
-    )
-    total = len(input_ids) * options.num_images_per_prompt
-    noise, seeds = image_noise(
+    num_tokens = rows * columns // config.patch_size**2
+    prompts = _prompts(prompt, options, model, processor, num_tokens)
+    total = len(prompts) * options.num_images_per_prompt
+    generators, seeds = None, None
+    if options.latents is None:
+        generators, seeds = image_generators(total, seed=options.seed, generator=options.generator)
+    elif solver.draws_noise:
+        raise SettingsError(
+            f"solver {options.solver!r} draws noise in every step: give seed= or generator=, from "
+            "which the first noise comes, too, and not latents="
+        )
+    noise, _ = image_noise(
         total,
         (config.latent_channels, rows, columns),
-        seed=options.seed,
-        generator=options.generator,
+        seed=options.seed if generators is None else None,
+        generator=options.generator if generators is None else generators,
         latents=options.latents,
     )
+    if generators is not None and isinstance(options.generator, torch.Generator):
+        # They drew from it one after another; in the steps they would draw in turns.
+        shared = options.generator if solver.draws_noise else None
+        generators = None if shared is None else spawn_generators(shared, total)
+    pictures = mask = None
+    if options.image is not None:
+        factor = config.vae_scale_factor
+        size = (columns * factor, rows * factor)
+        pictures = _pictures(options.image, "image", len(prompts), size, has_vae=has_vae)
+        if options.mask_image is not None:
+            shades = _pictures(options.mask_image, "mask_image", len(prompts), size, has_vae=True)
+            mask = latent_mask(shades.mean(1, keepdim=True) / 2 + 0.5, (rows, columns))
+            mask = mask.repeat_interleave(options.num_images_per_prompt, 0)
+        pictures = pictures.repeat_interleave(options.num_images_per_prompt, 0)
+    elif options.mask_image is not None:
+        raise SettingsError("mask_image says where to draw over a picture; give image=, too")
     return Request(
-        input_ids=input_ids,
-        attention_mask=mask,
+        prompts=prompts,
         num_images=total,
-        batch_size=min(options.batch_size or total, total),
-        num_steps=len(times) - 1,
+        # Adaptive solvers control the error over a whole batch.
+        batch_size=1 if solver.adaptive else min(options.batch_size or total, total),
+        num_steps=len(solver.grid(times)) - 1,
         seeds=seeds,
         noise=noise,
         times=times,
         solver=options.solver,
+        rtol=options.rtol,
+        atol=options.atol,
+        return_trajectory=options.return_trajectory,
+        pictures=pictures,
+        strength=options.strength,
+        mask=mask,
+        generators=None if generators is None else tuple(generators),
         **common,
     )
 
 
+def _times(options: DrawOptions) -> Tensor:
+    """The grid of a run; of an edit, what is left of it."""
+    if options.times is None:
+        if options.image is None:
+            return time_grid(options.num_inference_steps, shift=options.shift)
+        return edit_times(options.num_inference_steps, options.strength, shift=options.shift)
+    if options.image is not None or options.shift != 1.0:
+        raise SettingsError("times= are a whole grid; they leave no room for shift= or image=")
+    times = check_times(options.times)
+    if times[0] != 0 or times[-1] != 1:
+        raise SettingsError(
+            f"times= go from 0 (noise) to 1 (image); got {times[0]:g} to {times[-1]:g}"
+        )
+    return times
+
+
+def _pictures(
+    given: Any, name: str, num_prompts: int, size: tuple[int, int], *, has_vae: bool
+) -> Tensor:
+    """Pictures (P, 3, H, W) in [-1, 1], cropped to a size (width, height) about their middle."""
+    if not has_vae:
+        raise SettingsError(f"{name}= needs an autoencoder; load one with vae=FOLDER")
+    sources = list(given) if isinstance(given, list | tuple) else [given]
+    if len(sources) not in (1, num_prompts):
+        raise SettingsError(
+            f"got {len(sources)} {name}s for {num_prompts} prompts; give one, or one for each"
+        )
+    shown = [ImageOps.fit(load_image(source), size, Image.Resampling.LANCZOS) for source in sources]
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in shown]))
+    pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return pixels.expand(num_prompts, -1, -1, -1)
+
+
 def _token_request(
     options: DrawOptions,
-    prompts: Sequence[str],
+    prompt: str | Sequence[str] | EncodedPrompts,
     model: JanusFlowForConditionalGeneration,
     processor: JanusFlowProcessor,
     common: dict[str, Any],
@@ -201,6 +336,7 @@ def _token_request(
     vq_head = model.vq_head
     if options.latents is not None:
         raise SettingsError('latents are the noise of the flow head; draw with head="flow"')
+    _refuse_flow_only(options, common["guidance"])
     for name, side in (("height", options.height), ("width", options.width)):
         if side not in (None, vq_head.image_size):
             raise SettingsError(
@@ -212,14 +348,13 @@ def _token_request(
     token_choice(temperature, options.top_k, options.top_p, torch.Generator(), 1)
     if temperature == 0:
         _warn_of_idle(options, "greedy VQ", ("top_k", "top_p"))
-    input_ids, mask = _tokenize(prompts, "vq", model, processor, vq_head.num_image_tokens)
-    total = len(input_ids) * options.num_images_per_prompt
+    prompts = _prompts(prompt, options, model, processor, vq_head.num_image_tokens)
+    total = len(prompts) * options.num_images_per_prompt
     generators, seeds = image_generators(total, seed=options.seed, generator=options.generator)
     if isinstance(options.generator, torch.Generator):
         generators = spawn_generators(options.generator, total)
     return Request(
-        input_ids=input_ids,
-        attention_mask=mask,
+        prompts=prompts,
         num_images=total,
         batch_size=min(options.batch_size or total, total),
         num_steps=vq_head.num_image_tokens,
@@ -232,13 +367,33 @@ def _token_request(
     )
 
 
-def _tokenize(
-    prompts: Sequence[str],
+def _refuse_flow_only(options: DrawOptions, guidance: Guidance) -> None:
+    if guidance != Guidance(guidance.scale) or callable(guidance.scale):
+        raise SettingsError("the VQ head is guided by a scale alone; give guidance_scale=")
+    if options.image is not None or options.mask_image is not None:
+        raise SettingsError('pictures are edited along the flow; draw with head="flow"')
+    if options.return_trajectory:
+        raise SettingsError('return_trajectory keeps states of the flow; draw with head="flow"')
+
+
+def tokenize(
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str] | None,
     head: Any,
     model: JanusFlowForConditionalGeneration,
     processor: JanusFlowProcessor,
-    num_tokens: int,
-) -> tuple[Tensor, Tensor]:
+    num_tokens: int | None = None,
+) -> Prompts:
+    """Texts as ids.
+
+    Raises:
+        PromptError: If there is no prompt, one is no text, or one exceeds the context.
+        SettingsError: If there are not one or as many negative prompts as prompts, or a picture of
+            so many tokens leaves no room for a prompt.
+    """
+    if num_tokens is None:
+        config = model.flow_config if head == "flow" else model.vq_head
+        num_tokens = config.num_image_tokens
     text_config: Any = model.config.text_config
     room = text_config.max_position_embeddings - num_tokens
     if room < 2:
@@ -246,13 +401,47 @@ def _tokenize(
             f"a picture of {num_tokens} tokens leaves no room for a prompt in the context of "
             f"{room + num_tokens}; draw a smaller one"
         )
-    return processor.generation_prompts(prompts, tag=head, max_length=room)
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    ids, mask = processor.generation_prompts(texts, tag=head, max_length=room)
+    if negative_prompt is None:
+        return Prompts(ids, mask)
+    negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
+    if len(negatives) not in (1, len(ids)):
+        raise SettingsError(
+            f"got {len(negatives)} negative prompts for {len(ids)} prompts; give one, or one for "
+            "each"
+        )
+    negative = processor.generation_prompts(negatives, tag=head, max_length=room)
+    return Prompts(ids, mask, *(part.expand(len(ids), -1) for part in negative))
+
+
+def _prompts(
+    prompt: str | Sequence[str] | EncodedPrompts,
+    options: DrawOptions,
+    model: JanusFlowForConditionalGeneration,
+    processor: JanusFlowProcessor,
+    num_tokens: int,
+) -> Prompts | EncodedPrompts:
+    if not isinstance(prompt, EncodedPrompts):
+        return tokenize(prompt, options.negative_prompt, options.head, model, processor, num_tokens)
+    if prompt.head != options.head:
+        raise SettingsError(
+            f"these prompts were encoded for the {prompt.head} head, not for {options.head}"
+        )
+    if options.negative_prompt is not None:
+        raise SettingsError("negative prompts are encoded with the prompts: see encode_prompts")
+    return prompt
 
 
 def _warn_of_idle(options: DrawOptions, head: str, names: Sequence[str]) -> None:
     idle = [name for name in names if getattr(options, name) is not None]
     if idle:
         logger.warning("%s drawing makes no use of %s", head, ", ".join(idle))
+
+
+def _trimmed(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    longest = int(mask.sum(1).max())
+    return input_ids[:, -longest:], mask[:, -longest:]
 
 
 def check_count(name: str, value: Any) -> None:

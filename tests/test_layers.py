@@ -26,7 +26,7 @@ ROWS = [
     {"flow"},
     {"files", "settings"},  # above flow, which gets numbers and needs neither
     {"models", "processing"},
-    {"pipeline", "requests", "data", "compat"},
+    {"pipeline", "drawing", "requests", "data", "compat"},
     {"training", "evaluation", "experiments", "serving"},
     {"cli", "commands"},
 ]

@@ -489,8 +489,8 @@ def test_bad_input_is_refused_before_anything_is_computed(
 
 
 def test_an_argument_with_a_typo_is_no_argument(pipe: JanusFlowPipeline) -> None:
-    with pytest.raises(TypeError, match="guidance"):
-        pipe(PROMPT, guidance=3.0)
+    with pytest.raises(TypeError, match="guidance_scael"):
+        pipe(PROMPT, guidance_scael=3.0)
 
 
 # --- answers -----------------------------------------------------------------------------------

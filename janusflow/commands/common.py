@@ -99,11 +99,29 @@ def load_pipeline(arguments: argparse.Namespace, *, pictures: bool = True) -> Ja
     return pipe
 
 
-_OPTIONS = {  # of each head: the pipeline's argument and the command's
-    "flow": {"num_inference_steps": "steps", "solver": "solver"},
+_OPTIONS = {  # of each head: the pipeline's argument, or its guidance's, and the command's
+    "flow": {
+        "num_inference_steps": "steps",
+        "solver": "solver",
+        "shift": "shift",
+        "rtol": "rtol",
+        "atol": "atol",
+        "method": "guidance_method",
+        "interval": "guidance_interval",
+        "rescale": "guidance_rescale",
+    },
     "vq": {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p"},
 }
-_DEFAULTS = {"num_inference_steps": 30, "solver": "euler"}
+_DEFAULTS = {
+    "num_inference_steps": 30,
+    "solver": "euler",
+    "shift": 1.0,
+    "rtol": None,
+    "atol": None,
+    "method": "cfg",
+    "interval": (0.0, 1.0),
+    "rescale": 0.0,
+}
 
 
 def drawing_options(arguments: argparse.Namespace, pipe: JanusFlowPipeline) -> dict[str, Any]:
@@ -115,6 +133,8 @@ def drawing_options(arguments: argparse.Namespace, pipe: JanusFlowPipeline) -> d
     Raises:
         SettingsError: If the model does not hold the head.
     """
+    from janusflow.flow.guidance import Guidance
+
     head = arguments.head = pipe.pick_head(arguments.head)
     defaults = {**_DEFAULTS, **pipe.model.config.drawing_defaults_of(head)}
     options: dict[str, Any] = {"head": head}
@@ -127,6 +147,10 @@ def drawing_options(arguments: argparse.Namespace, pipe: JanusFlowPipeline) -> d
             elif given is not None and name in names.values():
                 logger.warning("the %s head makes no use of --%s", head, name.replace("_", "-"))
                 setattr(arguments, name, None)
+    if head == "flow":
+        scale = options.pop("guidance_scale")
+        parts = {name: options.pop(name) for name in ("method", "interval", "rescale")}
+        options["guidance"] = Guidance(scale, tuple(parts.pop("interval")), **parts)
     return options
 
 

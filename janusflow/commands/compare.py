@@ -16,7 +16,7 @@ def run(arguments: argparse.Namespace) -> None:
     overrides = overrides_from_arguments(arguments.overrides)
 
     from janusflow.experiments.compare import CompareSettings, compare
-    from janusflow.experiments.report import text_table, write_report
+    from janusflow.experiments.compare_report import text_table, write_report
 
     settings = fill(CompareSettings, values, overrides)
     check_output_folder(arguments.output)

@@ -39,11 +39,18 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.solver is not None:
         make_solver(arguments.solver)
+    edit = {
+        name: value
+        for name in ("image", "strength", "mask_image")
+        if (value := getattr(arguments, name)) is not None
+    }
     pipe = load_pipeline(arguments)
     result = pipe(
         arguments.prompts,
+        negative_prompt=arguments.negative,
         num_images_per_prompt=arguments.num_images,
         seed=arguments.seed,
+        **edit,
         **drawing_options(arguments, pipe),
     )
     settings = resolved_settings(

@@ -23,12 +23,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from janusflow.data.shapes.language import Request, held_out_requests
+from janusflow.data.shapes.language import Request
 from janusflow.data.shapes.scene import draw, sample_scene
 from janusflow.errors import SettingsError
 from janusflow.evaluation.features import FeatureExtractor, feature_extractor
 from janusflow.evaluation.metrics import bootstrap, frechet_distance, psnr, ssim
 from janusflow.evaluation.shapes_scorer import fulfils
+from janusflow.experiments.prompts import SHAPES, PromptSettings, load_prompts
 from janusflow.experiments.units import Arrays, Units
 from janusflow.flow.guidance import check_guidance_scale
 from janusflow.flow.solvers import make_solver
@@ -40,19 +41,7 @@ from janusflow.pipeline import JanusFlowPipeline
 from janusflow.processing.images import load_image
 from janusflow.version import __version__
 
-SHAPES = "shapes"
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class PromptSettings:
-    """What is drawn."""
-
-    source: str = SHAPES
-    """"shapes" for held-out prompts of the shapes world, or a text file with a prompt a line."""
-    num: int = 120
-    seed: int = 0
-    """Picture i is drawn with seed + i by either head."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +194,9 @@ def compare(settings: CompareSettings, folder: Path, *, progress: bool = False) 
     """
     extractor = feature_extractor(settings.features)
     _check_drawing(settings)
-    prompts, requests = _prompts(settings.prompts)
+    prompts, requests = load_prompts(settings.prompts)
+    if len(prompts) < 2:
+        raise SettingsError(f"{settings.prompts.source} holds one prompt; at least 2 are needed")
     pipes = _pipelines(settings)
     sizes = {
         "flow": pipes["flow"].model.flow_config.image_size,
@@ -285,21 +276,6 @@ def _check_drawing(settings: CompareSettings) -> None:
         token_choice(temperature, settings.vq.top_k, settings.vq.top_p, torch.Generator(), 1)
     for part in (settings.flow, settings.vq):
         check_guidance_scale(part.guidance_scale)
-
-
-def _prompts(settings: PromptSettings) -> tuple[list[str], list[Request] | None]:
-    """Texts, and for the shapes world what they ask for."""
-    if settings.source == SHAPES:
-        requests = held_out_requests(settings.num, settings.seed)
-        return [request.text for request in requests], requests
-    file = Path(settings.source).expanduser()
-    if not file.is_file():
-        raise SettingsError(f"prompts.source is {settings.source!r}: no such file, nor 'shapes'")
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    prompts = [line for line in lines if line][: settings.num]
-    if len(prompts) < 2:
-        raise SettingsError(f"{file} holds {len(prompts)} prompts; at least 2 are needed")
-    return prompts, None
 
 
 def _pipelines(settings: CompareSettings) -> dict[str, JanusFlowPipeline]:

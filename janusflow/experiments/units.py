@@ -50,6 +50,9 @@ class Units:
         else:
             write_json(file, settings)
 
+    def __contains__(self, name: str) -> bool:
+        return any((self._units / f"{name}{end}").is_file() for end in (".json", ".safetensors"))
+
     def arrays(self, name: str, compute: Callable[[], Arrays]) -> Arrays:
         """Arrays of the unit `name`, computed if they are not there yet."""
         file = self._units / f"{name}.safetensors"
@@ -64,4 +67,8 @@ class Units:
         file = self._units / f"{name}.json"
         if not file.is_file():
             write_json(file, compute())
-        return json.loads(file.read_text(encoding="utf-8"))
+        return self.read_values(name)
+
+    def read_values(self, name: str) -> dict[str, Any]:
+        """JSON values of the unit `name`, which is there."""
+        return json.loads((self._units / f"{name}.json").read_text(encoding="utf-8"))

@@ -106,6 +106,17 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     return torch.cat([part.float().clamp(-1, 1).cpu() for part in parts])
 
 
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Scaled latents, float32 (B, C, H/8, W/8), of pixels (B, 3, H, W) in [-1, 1]: their means."""
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    parts = [
+        vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode()
+        for part in pixels.split(_DECODED_AT_ONCE)
+    ]
+    return (torch.cat(parts).float() - shift) * vae.config.scaling_factor
+
+
 def _warn_of_float16() -> None:
     logger.warning(
         "the autoencoder is kept in float32: in float16 it overflows and pictures turn black"

@@ -7,7 +7,7 @@ This module knows ids and tensors; text, pictures and checkpoints on disk are ot
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,13 +19,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.janus.modeling_janus import JanusVisionAlignerMLP, JanusVisionModel
 
 from janusflow.errors import PromptError, SettingsError
-from janusflow.flow.guidance import check_guidance_scale, classifier_free_guidance
+from janusflow.flow.guidance import Guidance, check_guidance_scale
 from janusflow.flow.solvers import StepCallback, solve
 from janusflow.flow.timesteps import time_grid
 from janusflow.models.configuration import FlowHeadConfig, JanusFlowConfig
 from janusflow.models.flow_head import FlowHead, FlowTokens
+from janusflow.models.guided_field import GuidedField
 from janusflow.models.placeholders import begin_tags, find_placeholders
-from janusflow.models.prefix import PromptPrefix, positions, shared_prefix_mask
+from janusflow.models.prefix import EncodedPrompts, PromptPrefix, positions, shared_prefix_mask
 from janusflow.models.token_sampling import TokenCallback, draw_tokens, token_choice
 from janusflow.models.vq_head import VQHead
 
@@ -292,7 +293,54 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs["pixel_values"] = pixel_values
         return inputs
 
-    # Generation of pictures, flow head
+    # Generation of pictures
+
+    def encode_prompts(
+        self,
+        head: str,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        guided: bool = True,
+        pad_token_id: int | None = None,
+        negative_ids: Tensor | None = None,
+        negative_mask: Tensor | None = None,
+    ) -> EncodedPrompts:
+        """Runs prompts once for a head, with what they are to be guided away from.
+
+        Args:
+            head: "flow" or "vq".
+            input_ids: (P, L), left-padded, ending in the head's tag.
+            attention_mask: 1 for tokens, 0 for padding, (P, L).
+            guided: Whether to run unconditional rows, too.
+            pad_token_id: Fills those of the VQ head.
+            negative_ids: Prompts that stand in for the unconditional rows, (P, L').
+            negative_mask: Of them, (P, L').
+
+        Raises:
+            PromptError: See `encode_prompt`.
+        """
+        if head == "flow":
+            prefix = self.encode_prompt(input_ids, attention_mask)
+            free = None
+            if guided and negative_ids is not None:
+                free = self.encode_prompt(negative_ids, negative_mask)
+            elif guided:
+                free = prefix.unconditional(self.encode_unconditional(input_ids, attention_mask))
+            return EncodedPrompts(head, prefix, free)
+        if guided and negative_ids is None:
+            both, states = self.encode_token_prompt(input_ids, attention_mask, pad_token_id)
+            rows = torch.arange(len(both), device=states.device).chunk(2)
+            prefix, free = (both.select(half) for half in rows)
+            return EncodedPrompts(head, prefix, free, *states.chunk(2))
+        prefix, hidden = self.encode_token_prompt(input_ids, attention_mask)
+        if not guided:
+            return EncodedPrompts(head, prefix, hidden=hidden)
+        assert negative_ids is not None
+        free, free_hidden = self.encode_token_prompt(negative_ids, negative_mask)
+        return EncodedPrompts(head, prefix, free, hidden, free_hidden)
+
+    # Flow head
 
     def encode_prompt(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
@@ -531,14 +579,10 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"{len(latents)} latents do not divide among {len(input_ids)} prompts"
             )
         x_0 = latents.to(self.device, torch.promote_types(latents.dtype, torch.float32))
-        prefix = self.encode_prompt(input_ids, attention_mask)
-        field = self.guided_field(
-            prefix.select(
-                torch.arange(len(input_ids), device=self.device).repeat_interleave(images)
-            ),
-            None if scale == 1.0 else self.encode_unconditional(input_ids, attention_mask),
-            scale,
-        )
+        guidance = Guidance(scale)
+        encoded = self.encode_prompts("flow", input_ids, attention_mask, guided=not guidance.off)
+        rows = torch.arange(len(input_ids), device=self.device).repeat_interleave(images)
+        field = GuidedField(self.velocity, encoded.select(rows), guidance)
         return solve(field, x_0, times, solver=solver, on_step=on_step).latents
 
     def _mask_of_padding(self, input_ids: Tensor, pad_token_id: int | None) -> Tensor:
@@ -548,27 +592,7 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return torch.ones_like(input_ids)
         return ((input_ids != pad).cumsum(1) > 0).long()
 
-    def guided_field(
-        self, prefix: PromptPrefix, unconditional: PromptPrefix | None, guidance_scale: float
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        """The velocity that a solver integrates, with guidance in one batch of twice the rows.
-
-        Args:
-            prefix: Prompts, a row for each picture.
-            unconditional: From `encode_unconditional`; None = unguided, one row a picture.
-            guidance_scale: Weight of guidance.
-        """
-        if unconditional is None:
-            return lambda x, t: self.velocity(x, t, prefix)
-        both = prefix.with_unconditional(unconditional)
-
-        def field(x: Tensor, t: Tensor) -> Tensor:
-            conditional, free = self.velocity(torch.cat([x, x]), t, both).chunk(2)
-            return classifier_free_guidance(conditional, free, guidance_scale)
-
-        return field
-
-    # Generation of pictures, VQ head
+    # VQ head
 
     def encode_token_prompt(
         self,
@@ -667,15 +691,13 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise SettingsError("guidance needs pad_token_id, and the model's config has none")
         if attention_mask is None:
             attention_mask = self._mask_of_padding(input_ids, pad)
-        prefix, hidden = self.encode_token_prompt(
-            input_ids, attention_mask, None if scale == 1.0 else pad
+        encoded = self.encode_prompts(
+            "vq", input_ids, attention_mask, guided=scale != 1.0, pad_token_id=pad
         )
-        rows = torch.arange(len(prefix), device=self.device)
-        rows = rows.repeat_interleave(num_images_per_prompt)
+        rows = torch.arange(len(input_ids), device=self.device)
         return draw_tokens(
             self,
-            prefix.select(rows),
-            hidden[rows],
+            encoded.select(rows.repeat_interleave(num_images_per_prompt)),
             num_tokens=num_tokens,
             guidance_scale=scale,
             choose=choose,

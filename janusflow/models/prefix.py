@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 
@@ -58,14 +58,17 @@ class PromptPrefix:
         return self.attention_mask.shape[0]
 
     def select(self, rows: Tensor) -> PromptPrefix:
-        """A new prefix of the given rows, a row as often as it is named."""
+        """A new prefix of the given rows, a row as often as it is named.
+
+        Slots on the left that are padding in all of them are left out.
+        """
+        mask = self.attention_mask[rows]
+        used = int(mask.any(0).int().argmax())
         layers = [
-            (layer.keys.index_select(0, rows), layer.values.index_select(0, rows))
+            tuple(part[:, :, used:].index_select(0, rows) for part in (layer.keys, layer.values))
             for layer in self.cache.layers
         ]
-        return PromptPrefix(
-            DynamicCache(layers), self.attention_mask[rows], self.next_position[rows]
-        )
+        return PromptPrefix(DynamicCache(layers), mask[:, used:], self.next_position[rows])
 
     def reserved(self, length: int) -> PromptPrefix:
         """A copy with room for `length` further tokens, which then grow it in place."""
@@ -76,8 +79,8 @@ class PromptPrefix:
         ]
         return PromptPrefix(cache, self.attention_mask, self.next_position)
 
-    def with_unconditional(self, first_token: PromptPrefix) -> PromptPrefix:
-        """Appends an unconditional row for every row: the first token alone.
+    def unconditional(self, first_token: PromptPrefix) -> PromptPrefix:
+        """An unconditional row for every row: the first token alone.
 
         Its key and value stand in the last slot, everything before is masked; the positions that
         follow are those of the conditional row, as published (arXiv 2411.07975).
@@ -85,19 +88,67 @@ class PromptPrefix:
         num = len(self)
         layers = []
         for layer, first in zip(self.cache.layers, first_token.cache.layers, strict=True):
-            joined = []
+            rows = []
             for own, other in ((layer.keys, first.keys), (layer.values, first.values)):
                 row = torch.zeros_like(own)
                 row[:, :, -1:] = other.expand(num, -1, -1, -1)
-                joined.append(torch.cat([own, row]))
-            layers.append(tuple(joined))
+                rows.append(row)
+            layers.append(tuple(rows))
         mask = torch.zeros_like(self.attention_mask)
         mask[:, -1] = 1
+        return PromptPrefix(DynamicCache(layers), mask, self.next_position)
+
+    def joined(self, other: PromptPrefix) -> PromptPrefix:
+        """The rows of both, the other's last; the shorter prompts are padded on the left."""
+        length = max(self.attention_mask.shape[1], other.attention_mask.shape[1])
+        layers = []
+        for own, its in zip(self.cache.layers, other.cache.layers, strict=True):
+            pairs = ((own.keys, its.keys), (own.values, its.values))
+            layers.append(tuple(torch.cat([_padded(t, length, 2) for t in pair]) for pair in pairs))
+        masks = (self.attention_mask, other.attention_mask)
         return PromptPrefix(
             DynamicCache(layers),
-            torch.cat([self.attention_mask, mask]),
-            self.next_position.repeat(2),
+            torch.cat([_padded(mask, length, 1) for mask in masks]),
+            torch.cat([self.next_position, other.next_position]),
         )
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Prompts that the language model has run for one head, and what they are guided away from.
+
+    Attributes:
+        head: "flow" or "vq".
+        prefix: P rows.
+        free: Their unconditional rows, or those of negative prompts, P rows; None = no guidance.
+        hidden: Last hidden states, (P, E), for the VQ head.
+        free_hidden: Of `free`, for the VQ head.
+    """
+
+    head: str
+    prefix: PromptPrefix
+    free: PromptPrefix | None = None
+    hidden: Tensor | None = None
+    free_hidden: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prefix)
+
+    def select(self, rows: Tensor) -> EncodedPrompts:
+        """The given prompts, each as often as it is named."""
+        return EncodedPrompts(
+            self.head,
+            self.prefix.select(rows),
+            None if self.free is None else self.free.select(rows),
+            None if self.hidden is None else self.hidden[rows],
+            None if self.free_hidden is None else self.free_hidden[rows],
+        )
+
+
+def _padded(tensor: Tensor, length: int, axis: int) -> Tensor:
+    """Zeros in front, up to a length."""
+    missing = length - tensor.shape[axis]
+    return nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 1 - axis) + (missing, 0))
 
 
 def shared_prefix_mask(blocks: Tensor, attention_mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from janusflow.errors import SettingsError
 from janusflow.flow.guidance import classifier_free_guidance
 from janusflow.flow.noise import spawn_generators
 from janusflow.models.answers import sampling_processors
-from janusflow.models.prefix import PromptPrefix
+from janusflow.models.prefix import EncodedPrompts
 
 if TYPE_CHECKING:
     from janusflow.models.modeling import JanusFlowForConditionalGeneration
@@ -65,8 +65,7 @@ def token_choice(
 
 def draw_tokens(
     model: JanusFlowForConditionalGeneration,
-    prefix: PromptPrefix,
-    hidden: Tensor,
+    prompts: EncodedPrompts,
     *,
     num_tokens: int,
     guidance_scale: float,
@@ -77,15 +76,20 @@ def draw_tokens(
 
     Args:
         model: Holds the VQ head.
-        prefix: R rows; unchanged afterwards.
-        hidden: Their last hidden states, (R, E).
+        prompts: A row for each image; unchanged afterwards.
         num_tokens: Tokens to draw.
         guidance_scale: 1.0 = off: then there are no unconditional rows.
         choose: From `token_choice`.
         on_token: See `TokenCallback`.
     """
     guided = guidance_scale != 1.0
-    images = len(prefix) // 2 if guided else len(prefix)
+    images, prefix, hidden = len(prompts), prompts.prefix, prompts.hidden
+    assert hidden is not None, "prompts of the VQ head carry their last states"
+    if guided:
+        assert prompts.free is not None
+        assert prompts.free_hidden is not None
+        prefix = prefix.joined(prompts.free)
+        hidden = torch.cat([hidden, prompts.free_hidden])
     tokens = torch.zeros(images, num_tokens, dtype=torch.long, device=hidden.device)
     grown = prefix.reserved(num_tokens)
     mask = None  # of all ones, if no row is padded: attention is faster without

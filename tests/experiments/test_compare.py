@@ -22,7 +22,7 @@ from tiny import make_pipeline
 from janusflow import SettingsError
 from janusflow.experiments import compare as module
 from janusflow.experiments.compare import CompareSettings, Comparison, compare, trained_alike
-from janusflow.experiments.report import write_report
+from janusflow.experiments.compare_report import write_report
 from janusflow.settings import fill, read_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "compare"

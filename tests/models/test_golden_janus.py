@@ -59,9 +59,8 @@ def test_guided_logits_are_the_published_ones(
         return forced[:, len(found) - 1]
 
     prompts = expected["prompt_ids"].repeat(len(forced), 1)
-    prefix, hidden = model.encode_token_prompt(prompts, pad_token_id=PAD)
-    num_tokens = forced.shape[1]
-    draw_tokens(model, prefix, hidden, num_tokens=num_tokens, guidance_scale=5.0, choose=choose)
+    encoded = model.encode_prompts("vq", prompts, pad_token_id=PAD)
+    draw_tokens(model, encoded, num_tokens=forced.shape[1], guidance_scale=5.0, choose=choose)
     logits = torch.stack(found, dim=1)
     torch.testing.assert_close(
         logits[..., ::64], expected["guided_logits_sub"], rtol=0, atol=TOLERANCE

@@ -119,7 +119,8 @@ def test_the_unconditional_row_is_the_published_one(
     x = noise(len(rows))
     with torch.no_grad():
         prefix = tiny_model.encode_prompt(ids, mask)
-        both = prefix.with_unconditional(tiny_model.encode_unconditional(ids, mask))
+        first = tiny_model.encode_unconditional(ids, mask)
+        both = prefix.joined(prefix.unconditional(first))
         conditional, free = tiny_model.velocity(torch.cat([x, x]), 0.4, both).chunk(2)
         t = torch.full((len(rows),), 0.4)
         published = tiny_model.flow_forward(dropped_ids, dropped_mask, x, t)

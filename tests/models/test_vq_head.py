@@ -273,11 +273,9 @@ def forced_logits(model: Model, ids: Tensor, mask: Tensor, tokens: Tensor, pad: 
     found: list[Tensor] = []
     hook = model.vq_head.head.register_forward_hook(lambda *call: found.append(call[2]))
     with torch.no_grad():
-        prefix, hidden = model.encode_token_prompt(ids, mask, pad)
         draw_tokens(
             model,
-            prefix,
-            hidden,
+            model.encode_prompts("vq", ids, mask, guided=pad is not None, pad_token_id=pad),
             num_tokens=tokens.shape[1],
             guidance_scale=1.0 if pad is None else 2.0,
             choose=lambda _: tokens[:, len(found) - 1],

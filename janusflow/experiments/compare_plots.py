@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from janusflow.errors import SettingsError
+from janusflow.experiments.figures import load_pyplot
 
 if TYPE_CHECKING:
     from janusflow.experiments.compare import Comparison, Row
@@ -24,7 +24,7 @@ def figures(comparison: Comparison) -> dict[str, bytes]:
     Raises:
         SettingsError: If matplotlib is not installed.
     """
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     generation = {row["variant"]: row for row in comparison.tables["generation"]}
     cost = {row["variant"]: row for row in comparison.tables["cost"]}
     timings = {row["variant"]: row for row in comparison.tables["timings"]}
@@ -44,17 +44,6 @@ def figures(comparison: Comparison) -> dict[str, bytes]:
         "side_by_side": _png(_sheet(list(comparison.sheets.values()))),
         "error_maps": _png(error_maps(comparison.originals, comparison.reconstructions)),
     }
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SettingsError("figures need matplotlib: pip install 'janusflow[eval]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def _curves(

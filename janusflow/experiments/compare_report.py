@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from janusflow.errors import SettingsError
 from janusflow.experiments.compare import CompareSettings, Comparison
-from janusflow.experiments.plots import figures
+from janusflow.experiments.compare_plots import figures
+from janusflow.experiments.page import data_uri, write_page
 from janusflow.files import atomic_path, write_json
 
 _TABLES = {
@@ -41,23 +40,7 @@ _FIGURES = {
     "side_by_side": "The same prompts and seeds, a row for each way of drawing",
     "error_maps": "Originals; then for each autoencoder its reconstructions and 4 x their errors",
 }
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>Flow against VQ</title>
-<style>
-body { font-family: sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { border-bottom: 1px solid #ccc; padding: .3rem .7rem; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; }
-.wide { overflow-x: auto; }
-</style>
-</head>
-<body>
-<h1>Flow against VQ</h1>
+_BODY = """\
 <p>{{ settings.flow_model }} with the flow head, {{ settings.vq_model }} with the VQ head.
 <strong>Trained alike?</strong> {{ alike }}</p>
 {% for name, (title, note) in tables.items() %}
@@ -72,12 +55,10 @@ img { max-width: 100%; }
 <h2>{{ title }}</h2>
 {% if name == "side_by_side" %}<p>Rows: {{ variants | join(", ") }}. Prompts:</p>
 <ol>{% for prompt in prompts %}<li>{{ prompt }}</li>{% endfor %}</ol>{% endif %}
-<p><img alt="{{ title }}" src="data:image/png;base64,{{ images[name] }}"></p>
+<p><img alt="{{ title }}" src="{{ images[name] }}"></p>
 {% endfor %}
 <h2>Settings</h2>
 <pre>{{ settings_text }}</pre>
-</body>
-</html>
 """
 
 
@@ -90,10 +71,6 @@ def write_report(comparison: Comparison, settings: CompareSettings, folder: Path
     Raises:
         SettingsError: If a library of the extra `eval` is not installed.
     """
-    try:
-        from jinja2 import Environment
-    except ImportError as error:
-        raise SettingsError("the report needs jinja2: pip install 'janusflow[eval]'") from error
     drawn = figures(comparison)
     for name in ("tables", "figures"):
         (folder / name).mkdir(exist_ok=True)
@@ -111,8 +88,10 @@ def write_report(comparison: Comparison, settings: CompareSettings, folder: Path
     write_json(folder / "results.json", results)
     import yaml
 
-    page = Environment(autoescape=True).from_string(_PAGE)
-    text = page.render(
+    write_page(
+        folder / "report.html",
+        "Flow against VQ",
+        _BODY,
         settings=settings,
         settings_text=yaml.safe_dump(asdict(settings), sort_keys=False),
         alike=comparison.trained_alike,
@@ -121,10 +100,8 @@ def write_report(comparison: Comparison, settings: CompareSettings, folder: Path
         titles=_FIGURES,
         variants=list(comparison.sheets),
         prompts=comparison.prompts,
-        images={name: base64.b64encode(png).decode() for name, png in drawn.items()},
+        images={name: data_uri(png) for name, png in drawn.items()},
     )
-    with atomic_path(folder / "report.html") as scratch:
-        scratch.write_text(text, encoding="utf-8")
     return folder / "report.html"
 
 
