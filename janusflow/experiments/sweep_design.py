@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from typing import Any
@@ -37,6 +37,9 @@ class Axes:
     dtype: list[str] = field(default_factory=lambda: ["float32"])
     head: list[str] = field(default_factory=lambda: ["flow"])
     num_inference_steps: list[int] = field(default_factory=lambda: [30])
+    nfe: list[int] | None = None
+    """Evaluations, instead of `num_inference_steps`: each solver takes the steps that need so many,
+    and is left out where that is no whole number."""
     guidance_scale: list[float | None] = field(default_factory=lambda: [None])
     """1.0 = off; null for the head's published weight."""
     guidance_interval: list[list[float]] = field(default_factory=lambda: [[0.0, 1.0]])
@@ -193,15 +196,14 @@ def cells(settings: SweepSettings) -> list[Cell]:
         SettingsError: If an axis has no value, a value cannot be had, or there are fewer different
             cells than a random design asks for.
     """
-    axes = settings.axes
-    for axis in fields(axes):
-        if not getattr(axes, axis.name):
-            raise SettingsError(f"axes.{axis.name} names at least one value")
+    values = _values(settings.axes)
     if settings.design == "grid":
-        values = (getattr(axes, axis.name) for axis in fields(axes))
-        found = list(dict.fromkeys(_cell(*combination) for combination in product(*values)))
+        combinations = (dict(zip(values, row, strict=True)) for row in product(*values.values()))
+        found = list(dict.fromkeys(cell for row in combinations if (cell := _cell(**row))))
     else:
-        found = _drawn(axes, settings.random)
+        found = _drawn(values, settings.random)
+    if not found:
+        raise SettingsError("axes.nfe goes into whole steps of none of axes.solver")
     for cell in found:
         cell.check()
         fine = cell.reference(settings.reference)
@@ -210,11 +212,37 @@ def cells(settings: SweepSettings) -> list[Cell]:
     return found
 
 
+def _values(axes: Axes) -> dict[str, list[Any]]:
+    """Values by axis; either the steps or the evaluations are among them."""
+    values = {axis.name: getattr(axes, axis.name) for axis in fields(axes)}
+    if axes.nfe is None:
+        del values["nfe"]
+    elif axes.num_inference_steps != Axes().num_inference_steps:
+        raise SettingsError("axes.nfe and axes.num_inference_steps both say the steps; keep one")
+    else:
+        del values["num_inference_steps"]
+    for name, given in values.items():
+        if not given:
+            raise SettingsError(f"axes.{name} names at least one value")
+    return values
+
+
+def _steps_of(nfe: int, solver: str) -> int | None:
+    """Steps of so many evaluations; None where they are no whole number."""
+    each = make_solver(solver).evaluations_per_step
+    if each is None:
+        raise SettingsError(
+            f"solver {solver!r} chooses its evaluations itself; give axes.num_inference_steps "
+            "instead of axes.nfe"
+        )
+    return None if nfe % each else nfe // each
+
+
 def _cell(
+    *,
     model: str,
     dtype: str,
     head: str,
-    num_inference_steps: int,
     guidance_scale: float | None,
     guidance_interval: list[float],
     guidance_method: str,
@@ -223,8 +251,14 @@ def _cell(
     shift: float,
     temperature: float,
     seed: int,
-) -> Cell:
-    """A cell without the settings that have no effect."""
+    num_inference_steps: int | None = None,
+    nfe: int | None = None,
+) -> Cell | None:
+    """A cell without the settings that have no effect; None where `nfe` is no whole steps."""
+    if nfe is not None and head == "flow":
+        num_inference_steps = _steps_of(nfe, solver)
+        if num_inference_steps is None:
+            return None
     published = DRAWING_DEFAULTS.get(head, {}).get("guidance_scale")
     scale = published if guidance_scale is None else guidance_scale
     flow, guided = head == "flow", head == "flow" and scale != 1.0
@@ -244,13 +278,15 @@ def _cell(
     )
 
 
-def _drawn(axes: Axes, random: RandomSettings) -> list[Cell]:
+def _drawn(values: dict[str, list[Any]], random: RandomSettings) -> list[Cell]:
     """Different cells drawn at random."""
-    _check_ranges(random)
+    _check_ranges(random, [*values])
     found: dict[Cell, None] = {}
-    draws = _draws(axes, random)
+    draws = _draws(values, random)
     for _ in range(100 * random.num_cells):
-        found[_cell(**next(draws))] = None
+        cell = _cell(**next(draws))
+        if cell is not None:
+            found[cell] = None
         if len(found) == random.num_cells:
             return list(found)
     raise SettingsError(
@@ -259,8 +295,9 @@ def _drawn(axes: Axes, random: RandomSettings) -> list[Cell]:
     )
 
 
-def _check_ranges(random: RandomSettings) -> None:
+def _check_ranges(random: RandomSettings, axes: Sequence[str]) -> None:
     numbers = {"num_inference_steps", "guidance_scale", "guidance_rescale", "shift", "temperature"}
+    numbers &= {*axes}
     both = {*random.uniform} & {*random.log_uniform}
     if both:
         raise SettingsError(f"random.uniform and random.log_uniform both name {sorted(both)}")
@@ -278,12 +315,11 @@ def _check_ranges(random: RandomSettings) -> None:
                 )
 
 
-def _draws(axes: Axes, random: RandomSettings) -> Iterator[dict[str, Any]]:
+def _draws(values: dict[str, list[Any]], random: RandomSettings) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng(random.seed)
     while True:
         drawn: dict[str, Any] = {}
-        for axis in fields(axes):
-            name = axis.name
+        for name, choices in values.items():
             if name in random.uniform:
                 low, high = random.uniform[name]
                 value = rng.uniform(low, high)
@@ -291,8 +327,7 @@ def _draws(axes: Axes, random: RandomSettings) -> Iterator[dict[str, Any]]:
                 low, high = map(math.log, random.log_uniform[name])
                 value = math.exp(rng.uniform(low, high))
             else:
-                values = getattr(axes, name)
-                drawn[name] = values[rng.integers(len(values))]
+                drawn[name] = choices[rng.integers(len(choices))]
                 continue
             drawn[name] = round(value) if name == "num_inference_steps" else float(f"{value:.4g}")
         yield drawn

@@ -57,6 +57,19 @@ def test_cells_that_cannot_differ_are_one() -> None:
     ]
 
 
+def test_evaluations_become_the_whole_steps_of_each_solver() -> None:
+    found = cells_of(nfe=[2, 4, 6], solver=["euler", "midpoint", "rk4"])
+    assert [(cell.solver, cell.num_inference_steps) for cell in found] == [
+        ("euler", 2),
+        ("midpoint", 1),
+        ("euler", 4),
+        ("midpoint", 2),
+        ("rk4", 1),
+        ("euler", 6),
+        ("midpoint", 3),
+    ]
+
+
 def test_each_head_has_its_published_guidance_where_none_is_given() -> None:
     assert [cell.guidance_scale for cell in cells_of(head=["flow", "vq"])] == [2.0, 5.0]
 
@@ -117,6 +130,10 @@ def test_a_random_design_draws_different_cells_inside_its_ranges() -> None:
         ({"axes": {"guidance_scale": [float("inf")]}}, "finite"),
         ({"axes": {"guidance_scale": [float("nan")], "head": ["vq"]}}, "finite"),
         ({"axes": {"shift": [0.0]}}, "shift"),
+        ({"axes": {"nfe": [8], "num_inference_steps": [4]}}, "both say the steps"),
+        ({"axes": {"nfe": [8], "solver": ["dopri5"]}}, "chooses its evaluations itself"),
+        ({"axes": {"nfe": [3], "solver": ["rk4"]}}, "whole steps of none"),
+        ({"axes": {"nfe": [0]}}, "num_inference_steps"),
         ({"axes": {"solver": ["explicit_adams"], "shift": [3.0]}}, "uniform grid"),
         ({"axes": {"temperature": [-1.0], "head": ["vq"]}}, "temperature"),
         ({"axes": {"head": ["diffusion"]}}, "head is 'diffusion'"),
@@ -130,6 +147,14 @@ def test_a_random_design_draws_different_cells_inside_its_ranges() -> None:
         ({"design": "random", "random": {"num_cells": 2}}, "only 1 different cells"),
         ({"design": "random", "random": {"uniform": {"solver": [0, 1]}}}, "ranges are of"),
         ({"design": "random", "random": {"uniform": {"shift": [3, 1]}}}, "the least first"),
+        (
+            {
+                "design": "random",
+                "axes": {"nfe": [4]},
+                "random": {"uniform": {"num_inference_steps": [1, 9]}},
+            },
+            "ranges are of guidance_rescale",
+        ),
         ({"design": "random", "random": {"log_uniform": {"shift": [0, 1]}}}, "above 0"),
         (
             {
