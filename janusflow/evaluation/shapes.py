@@ -64,7 +64,7 @@ def score_pictures(
             bar.update(len(chunk))
     hits = [fulfils(image, request) for image, request in zip(images, requests, strict=True)]
     if sheet is not None:
-        _write_sheet(Path(sheet), images[:64], hits)
+        write_sheet(Path(sheet), images[:64], hits)
     return _shares([request.kind for request in requests], hits, KINDS)
 
 
@@ -139,8 +139,12 @@ class _quiet:
         self.pipe.set_progress_bar_config(**self.kept)
 
 
-def _write_sheet(path: Path, images: list[Image.Image], hits: Sequence[bool]) -> None:
-    columns, gap = 8, 3
+def write_sheet(
+    path: Path, images: Sequence[Image.Image], hits: Sequence[bool] | None = None
+) -> None:
+    """Writes pictures of one size side by side, misses framed in red, as a PNG."""
+    columns, gap = min(8, len(images)), 3
+    hits = [True] * len(images) if hits is None else hits
     side = images[0].width + 2 * gap
     sheet = Image.new("RGB", (columns * side, -(-len(images) // columns) * side), "white")
     for index, (image, hit) in enumerate(zip(images, hits, strict=False)):
@@ -148,4 +152,4 @@ def _write_sheet(path: Path, images: list[Image.Image], hits: Sequence[bool]) ->
         framed.paste(image, (gap, gap))
         sheet.paste(framed, (index % columns * side, index // columns * side))
     with atomic_path(path) as scratch:
-        sheet.save(scratch)
+        sheet.save(scratch, format="PNG")

@@ -48,6 +48,9 @@ _FORMAT_KEYS = ("user_role", "assistant_role", "system_prompt")
 
 Messages = Sequence[Mapping[str, Any]]
 
+IGNORED = -100
+"""A label that no loss is taken of; torch's own."""
+
 
 class JanusFlowProcessor(ProcessorMixin):
     """Turns conversations, prompts and pictures into model inputs, and ids into text."""
@@ -164,6 +167,33 @@ class JanusFlowProcessor(ProcessorMixin):
         if sources:
             data["pixel_values"] = self.image_processor(sources)
         return BatchFeature(data)
+
+    def training_row(
+        self, messages: Messages, system_prompt: str | None = None
+    ) -> tuple[list[int], list[int], tuple[Any, ...]]:
+        """Return a conversation to learn answers from.
+
+        Args:
+            messages: the conversation with its images, in either form; it ends in an answer.
+            system_prompt: as for `__call__`.
+
+        Returns:
+            The ids, the begin-of-sentence token first, images as placeholders; for each the same
+            id where it is part of an answer and -100 elsewhere; the images, unread.
+
+        Raises:
+            PromptError: the conversation is not understood or does not end in an answer.
+        """
+        conversation = read_conversation(messages, image_tag=self.prompt_format.image_tag)
+        ids, labels = [self.bos_token_id], [IGNORED]
+        for asked, answered in self.prompt_format.exchanges(conversation, system_prompt):
+            question = self._expand_images(self._encode(asked))[1:]
+            answer = self._encode(answered)
+            if self.image_token_id in answer:
+                raise PromptError("an answer to learn from is text; it holds an image")
+            ids += question + answer
+            labels += [IGNORED] * len(question) + answer
+        return ids, labels, conversation.images
 
     def generation_prompts(
         self,

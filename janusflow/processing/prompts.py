@@ -102,24 +102,54 @@ class PromptFormat:
                     "the conversation ends in the assistant's answer; end it in a user message, "
                     "or pass add_generation_prompt=False to have it written down as it is"
                 )
-        system = next(
-            text
-            for text in (conversation.system_prompt, system_prompt, self.system_prompt)
-            if text is not None
-        )
-        pieces = []
-        if system:
-            pieces = [Segment(system, template=False), Segment(self.separator, template=True)]
+        pieces = self._system(conversation, system_prompt)
         for turn in turns:
-            user = turn.role == "user"
-            role = turn.printed_role or (self.user_role if user else self.assistant_role)
+            pieces.append(Segment(f"{self._role(turn)}:", template=True))
             if turn.content:
-                end = self.separator if user else self.eos_token
-                pieces += [Segment(f"{role}: ", template=True), *turn.content]
-                pieces.append(Segment(end, template=True))
-            else:
-                pieces.append(Segment(f"{role}:", template=True))
+                pieces += self._said(turn)
         return pieces
+
+    def exchanges(
+        self, conversation: Conversation, system_prompt: str | None = None
+    ) -> list[tuple[list[Segment], list[Segment]]]:
+        """Return what is asked and what is answered, exchange by exchange, for training.
+
+        An answer begins after the colon of `Assistant:`, where generation begins, and holds the
+        end-of-sentence token. Both put together are what `segments` gives.
+
+        Raises:
+            PromptError: the conversation does not end in an answer.
+        """
+        last = conversation.turns[-1]
+        if last.role == "user" or not last.content:
+            raise PromptError(
+                "a conversation to learn from ends in an assistant's answer, this one in "
+                f"{'a user message' if last.role == 'user' else 'an empty one'}"
+            )
+        asked, found = self._system(conversation, system_prompt), []
+        for turn in conversation.turns:
+            asked.append(Segment(f"{self._role(turn)}:", template=True))
+            if turn.role == "user":
+                asked += self._said(turn)
+            else:
+                found.append((asked, self._said(turn)))
+                asked = []
+        return found
+
+    def _system(self, conversation: Conversation, system_prompt: str | None) -> list[Segment]:
+        texts = (conversation.system_prompt, system_prompt, self.system_prompt)
+        system = next(text for text in texts if text is not None)
+        if not system:
+            return []
+        return [Segment(system, template=False), Segment(self.separator, template=True)]
+
+    def _role(self, turn: Turn) -> str:
+        return turn.printed_role or (self.user_role if turn.role == "user" else self.assistant_role)
+
+    def _said(self, turn: Turn) -> list[Segment]:
+        """What stands after the colon."""
+        end = self.separator if turn.role == "user" else self.eos_token
+        return [Segment(" ", template=True), *turn.content, Segment(end, template=True)]
 
     def generation(self, prompt: str, tag: str) -> list[Segment]:
         """Return the pieces of a prompt for a picture: no system prompt, `tag` at the end."""

@@ -91,9 +91,10 @@ class AutoencoderObjective(Objective):
             mid_block_add_attention=False,
         ).to(memory_format=torch.channels_last)
 
-    def batch(self, step: int) -> dict[str, Tensor]:
+    def batch(self, step: int, part: int = 0) -> dict[str, Tensor]:
         """Pixels (B, 3, H, W), the posterior's noise (B, C, h, w), the scale of more noise."""
-        rng = np.random.default_rng([self.settings.loop.seed, step])
+        loop = self.settings.loop
+        rng = np.random.default_rng([loop.seed, loop.sample(step, part)])
         size, num = self.settings.image_size, self.settings.batch_size
         pixels = to_pixels([draw(sample_scene(rng), size) for _ in range(num)])
         side = size // 2 ** (len(self.settings.block_out_channels) - 1)

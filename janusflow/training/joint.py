@@ -219,33 +219,34 @@ class JointObjective(Objective):
         """The frozen autoencoder."""
         return self._frozen["vae"]
 
-    def batch(self, step: int) -> dict[str, Tensor]:
+    def batch(self, step: int, part: int = 0) -> dict[str, Tensor]:
         """Captions, latents, noise and times; conversations and pixels."""
         drawing, looking = self.settings.drawing, self.settings.looking
         seed = self.settings.loop.seed
-        indices = np.random.default_rng([seed, 4, step]).integers(
+        sample = self.settings.loop.sample(step, part)
+        indices = np.random.default_rng([seed, 4, sample]).integers(
             drawing.num_pictures, size=drawing.batch_size
         )
         ids, mask = self.batches.captions(
             indices,
-            step,
+            sample,
             drawing.prompt_length,
             drawing.condition_dropout_prob,
             tag="flow" if self.image_tokens is None else "vq",
         )
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + sample)
         x_1 = self.latents[torch.from_numpy(indices)].float()
         x_1 = x_1.repeat_interleave(drawing.noises_per_picture, dim=0)
         density = logit_normal if drawing.timesteps == "logit-normal" else uniform
         conversations = self.batches.conversations(
             looking.batch_size,
-            step,
+            sample,
             looking.conversation_length,
             looking.separate_questions,
             looking.where_weight,
         )
         patch_pixels, patch_labels = self.batches.labelled_patches(
-            self.settings.patches.batch_size, step, self.patches_per_side
+            self.settings.patches.batch_size, sample, self.patches_per_side
         )
         drawn_labels = self.batches.picture_labels(indices, self.patches_per_side)
         batch = {

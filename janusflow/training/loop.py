@@ -1,28 +1,38 @@
 """The training loop, whatever is trained.
 
-An `Objective` is a module that turns a batch into named losses; batches are a function of
-(seed, step), so a run that was stopped goes on with the very next sample. The order in a step is:
-losses, backward, clip, step, average. The loop knows nothing of pictures or language models.
+A step is one update of the weights. Its batch has M = `microbatches` parts, shared evenly by the
+processes; the gradient is the mean over all parts, so the number of processes changes nothing but
+the order of a sum. The order in a step is: forward and backward of each part, clip, step, average.
+The loop knows nothing of pictures or language models; what an objective is stands in `objective`,
+processes and shards in `processes`.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from abc import abstractmethod
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from janusflow.errors import SettingsError
-from janusflow.files import write_json
-from janusflow.training import checkpoints
+from janusflow.files import atomic_folder, write_json
+from janusflow.training import announcement, changes, checkpoints, processes
 from janusflow.training.ema import EMA
-from janusflow.training.optimizers import OptimizerSettings, build_optimizers, rate_factor
+from janusflow.training.logs import Logs, check_trackers
+from janusflow.training.objective import Objective
+from janusflow.training.optimizers import (
+    OptimizerSettings,
+    build_optimizers,
+    peak_rates,
+    rate_factor,
+    set_rates,
+)
+from janusflow.training.throughput import Meter, count_arithmetic, matmul_peak
 
 
 @dataclass(frozen=True)
@@ -31,142 +41,280 @@ class LoopSettings:
 
     steps: int = 1000
     seed: int = 0
+    microbatches: int = 1
+    """Parts of a step, over which the gradient is averaged; a multiple of the processes."""
     precision: str = "bf16"
     """"bf16" (autocast; weights stay float32) or "no"."""
     compile: bool = False
     """Compile the objective with torch.compile."""
+    gradient_checkpointing: bool = False
+    """Compute states inside the layers again going backward, for less memory."""
     ema_decay: float = 0.99
+    ema_device: str = "device"
+    """Where the averages lie: "device", beside the weights, or "cpu"."""
     log_every: int = 20
+    trackers: list[str] = field(default_factory=list)
+    """Where to log besides the console and log.jsonl: accelerate's "tensorboard", "wandb", …"""
     save_every: int = 200
+    keep_last: int = 2
+    """How many of the newest checkpoints stay."""
+    best: str | None = None
+    """Figure of previews or validation whose highest value makes a checkpoint stay as well; the
+    lowest with "-" in front."""
     preview_every: int = 0
     """Steps between previews; 0 = none."""
+    validate_every: int = 0
+    """Steps between validations; 0 = none."""
     max_minutes: float = 0.0
     """Stop (resumably) after this wall time; 0 = no limit."""
+    accept_changes: bool = False
+    """Go on from a checkpoint that was made with other settings."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise SettingsError(f"loop.steps is at least 1, not {self.steps}")
+        for name in ("steps", "microbatches", "log_every", "save_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"loop.{name} is at least 1, not {getattr(self, name)}")
         if self.precision not in ("bf16", "no"):
             raise SettingsError(f"loop.precision is 'bf16' or 'no', not {self.precision!r}")
+        if self.ema_device not in ("device", "cpu"):
+            raise SettingsError(f"loop.ema_device is 'device' or 'cpu', not {self.ema_device!r}")
+        if self.best is not None and not (self.preview_every or self.validate_every):
+            raise SettingsError(
+                f"loop.best is {self.best!r}, but nothing measures it; "
+                "set loop.preview_every or loop.validate_every"
+            )
+
+    def sample(self, step: int, part: int) -> int:
+        """Number of a part among those of all steps: what draws of (seed, number) are made of."""
+        return step * self.microbatches + part
 
 
-class Objective(nn.Module):
-    """What is trained: modules, their batches and their losses."""
-
-    @abstractmethod
-    def batch(self, step: int) -> dict[str, Tensor]:
-        """The batch of a step, on the CPU; the same for the same step."""
-
-    @abstractmethod
-    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        """Named losses (scalars); their sum is minimised."""
-
-    def preview(self, step: int, folder: Path) -> dict[str, float]:
-        """Writes what training looks like into `folder`; returns figures for the log."""
-        return {}
-
-    def export(self, folder: Path) -> None:
-        """Writes the finished model."""
-
-
-def train(objective: Objective, settings: LoopSettings, output_dir: Path) -> bool:
+def train(
+    objective: Objective,
+    settings: LoopSettings,
+    output_dir: Path,
+    config: dict[str, Any] | None = None,
+) -> bool:
     """Trains, resuming from the newest checkpoint in `output_dir` when there is one.
+
+    Args:
+        objective: What is trained.
+        settings: How.
+        output_dir: Where the run lives.
+        config: All settings of the run, to be kept beside it and in its checkpoints; those of the
+            loop when not given.
 
     Returns:
         True when the last step was reached and the averaged model exported, False when
         `max_minutes` ended the run before; the same call goes on from there.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(mixed_precision=settings.precision)
-    optimizers = build_optimizers(objective, settings.optimizer)
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    ema = EMA(objective, settings.ema_decay)
-    _announce(accelerator, objective)
 
-    found = checkpoints.checkpoints(output_dir)
-    start = checkpoints.restore(found[-1], objective, ema, optimizers) if found else 0
-    accelerator.print(f"starting at step {start} of {settings.steps}", flush=True)
-    objective.to(accelerator.device)
-    ema.averages = {n: average.to(accelerator.device) for n, average in ema.averages.items()}
-    model: Any = accelerator.prepare_model(objective)
-    if settings.compile:
-        model = torch.compile(model)
+    Raises:
+        SettingsError: If the settings do not fit the machine, the objective, or the checkpoint.
+        FloatingPointError: If a gradient is not finite.
+    """
+    config = config or {"loop": asdict(settings)}
+    check_trackers(settings.trackers)
+    accelerator = processes.accelerator_for(
+        objective,
+        output_dir,
+        microbatches=settings.microbatches,
+        precision=settings.precision,
+        trackers=settings.trackers,
+        muon=settings.optimizer.name == "muon",
+    )
+    main, device = accelerator.is_main_process, accelerator.device
+    newest = _newest(output_dir, config, settings.accept_changes, objective.free_settings)
+    if settings.gradient_checkpointing:
+        objective.enable_gradient_checkpointing()
+    optimizers = build_optimizers(objective, settings.optimizer)
+    rates = peak_rates(optimizers)
+    shares = processes.shares(accelerator)
+    for line in announcement.lines(objective, optimizers, settings.ema_device, shares):
+        accelerator.print(line)
+
+    model, optimizers = processes.prepare(accelerator, objective, optimizers)
+    ema = EMA(objective, settings.ema_decay, "cpu" if settings.ema_device == "cpu" else None)
+    start = checkpoints.restore(newest, objective, ema, optimizers) if newest else 0
+    if newest:
+        kept = checkpoints.read_state(newest).get("data", {})
+        objective.load_data_state({int(part): state for part, state in kept.items()})
+    best = checkpoints.best_figure(output_dir, settings.best)
+    accelerator.wait_for_everyone()  # all have read; now the main process may write
+    if main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        checkpoints.clean(output_dir)
+        packages = {name: version(name) for name in ("torch", "transformers", "diffusers")}
+        write_json(output_dir / "settings.json", {**config, "versions": packages})
+    logs = Logs(accelerator, output_dir, start, config)
+    logs.say(f"starting at step {start} of {settings.steps}")
+    forward: Any = torch.compile(model) if settings.compile else model
 
     parameters = [p for p in objective.parameters() if p.requires_grad]
-    began = logged = time.monotonic()
-    finished = True
+    parts = range(accelerator.process_index, settings.microbatches, accelerator.num_processes)
+    meter = Meter(device)
+    began = time.monotonic()
+    stopped = False
     for step in range(start, settings.steps):
-        batch = {k: v.to(accelerator.device) for k, v in objective.batch(step).items()}
-        losses = model(**batch)
-        accelerator.backward(sum(losses.values()))
-        norm = accelerator.clip_grad_norm_(parameters, settings.optimizer.max_grad_norm)
         factor = rate_factor(step, settings.steps, settings.optimizer)
-        for optimizer, rates in zip(optimizers, peaks, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
+        set_rates(optimizers, rates, factor)
+        totals: dict[str, Tensor] = {}
+        for part in parts:
+            batch = {k: v.to(device) for k, v in objective.batch(step, part).items()}
+            work = objective.work(batch)
+            if step == start and part == parts[0]:
+                _measure(meter, logs, objective, batch, settings)
+            with accelerator.accumulate(model), meter.computing(work):  # syncs in the last part
+                losses = forward(**batch)
+                accelerator.backward(sum(losses.values()))  # divides by the parts of a process
+            for name, loss in losses.items():
+                totals[name] = totals[name] + loss.detach() if name in totals else loss.detach()
+        norm = processes.clip(accelerator, parameters, settings.optimizer.max_grad_norm)
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         ema.update(objective)
+        meter.step()
 
         done = step + 1
-        if done % settings.log_every == 0:
-            now = time.monotonic()
-            figures = {name: round(loss.item(), 5) for name, loss in losses.items()}
-            figures |= {"grad_norm": round(float(norm), 4), "rate": round(factor, 4)}
-            figures["seconds_per_step"] = round((now - logged) / settings.log_every, 4)
-            logged = now
-            _log(accelerator, output_dir, {"step": done, **figures})
-            if not torch.isfinite(norm):
-                raise FloatingPointError(f"the gradient is not finite at step {done}")
         last = done == settings.steps
-        if done % settings.save_every == 0 and accelerator.is_main_process and not last:
-            checkpoints.save(output_dir, done, objective, ema, optimizers)
-        if settings.preview_every and (done % settings.preview_every == 0 or last):
-            if accelerator.is_main_process:
-                with ema.applied(objective), torch.no_grad():
-                    objective.eval()
-                    figures = objective.preview(done, output_dir)
-                    objective.train()
-                _log(accelerator, output_dir, {"step": done, **figures})
-            logged = time.monotonic()
-        if (
-            settings.max_minutes
-            and time.monotonic() - began > 60 * settings.max_minutes
-            and not last
-        ):
-            finished = False
+        stopped = not last and _out_of_time(accelerator, settings, began)
+        saving = done % settings.save_every == 0 or last or stopped
+        if done % settings.log_every == 0:
+            figures = _mean_losses(accelerator, totals, settings.microbatches)
+            figures |= {"grad_norm": round(float(norm), 4), "rate": round(factor, 4)}
+            figures |= meter.figures(processes.summed(accelerator, meter.work))
+            logs.write(done, figures)
+        if (saving or done % settings.log_every == 0) and not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient is not finite at step {done}")
+        with meter.paused():
+            figures = _evaluate(accelerator, objective, ema, settings, done, output_dir)
+        if figures:
+            logs.write(done, figures)
+        if settings.best is not None and checkpoints.better(settings.best, figures, best):
+            best, saving = figures[settings.best.removeprefix("-")], True
+        if saving:
+            checkpoints.save(
+                output_dir,
+                done,
+                objective,
+                ema,
+                processes.kept_optimizers(accelerator, optimizers),
+                main=main,
+                keep_last=settings.keep_last,
+                best=settings.best,
+                data=processes.merged(accelerator, objective.data_state(), parts),
+                figures=figures,
+                settings=config,
+            )
+        if stopped:
             break
 
-    if accelerator.is_main_process:
-        if start < settings.steps:
-            checkpoints.save(output_dir, step + 1, objective, ema, optimizers)
-        if finished:
+    if not stopped:
+        _export(accelerator, objective, ema, output_dir)
+    logs.close()
+    accelerator.wait_for_everyone()
+    return not stopped
+
+
+def _newest(
+    output_dir: Path, config: dict[str, Any], accept_changes: bool, free: tuple[str, ...]
+) -> Path | None:
+    """The checkpoint to go on from, if there is one."""
+    found = checkpoints.checkpoints(output_dir)
+    if not found:
+        return None
+    if not accept_changes:
+        before = checkpoints.read_state(found[-1]).get("settings", {})
+        changes.refuse(changes.changed(before, config, free), found[-1])
+    return found[-1]
+
+
+def _measure(
+    meter: Meter,
+    logs: Logs,
+    objective: Objective,
+    batch: dict[str, Tensor],
+    settings: LoopSettings,
+) -> None:
+    """Counts what a part takes and holds, measures the machine, and says it."""
+    arithmetic = count_arithmetic(objective, batch)
+    meter.flops_per_part = arithmetic.flops
+    holds = {name: amount * settings.microbatches for name, amount in objective.work(batch).items()}
+    counts = "".join(f", about {amount:,} {name}" for name, amount in holds.items())
+    logs.say(
+        f"a step: {settings.microbatches} parts{counts}; "
+        f"a part: {arithmetic.flops / 1e9:,.2f} GFLOP forward and backward"
+    )
+    if arithmetic.matrix is not None:
+        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        meter.peak = matmul_peak(arithmetic.matrix, dtype, meter.device)
+        size = " x ".join(map(str, arithmetic.matrix))
+        logs.say(f"peak of linear at {size} in {dtype}: {meter.peak / 1e9:,.1f} GFLOP/s")
+    meter.reset()
+
+
+def _mean_losses(
+    accelerator: Accelerator, totals: dict[str, Tensor], microbatches: int
+) -> dict[str, float]:
+    """Means over all parts of all processes, as in the gradient: a loss that a part lacks is 0."""
+    sums = processes.summed(accelerator, {name: total.item() for name, total in totals.items()})
+    return {name: round(total / microbatches, 5) for name, total in sums.items()}
+
+
+def _evaluate(
+    accelerator: Accelerator,
+    objective: Objective,
+    ema: EMA,
+    settings: LoopSettings,
+    done: int,
+    output_dir: Path,
+) -> dict[str, float]:
+    """Figures of the averages, where a preview or a validation is due.
+
+    All processes work, as weights in shards need; what the main one finds counts for all.
+    """
+    last = done == settings.steps
+    previewing, validating = (
+        bool(every) and (done % every == 0 or last)
+        for every in (settings.preview_every, settings.validate_every)
+    )
+    if not previewing and not validating:
+        return {}
+    figures: dict[str, float] = {}
+    with ema.applied(objective), processes.evaluating(objective):
+        if previewing:
+            with processes.folder_of_main(accelerator, output_dir) as folder:
+                figures |= objective.preview(done, folder)
+        if validating:
+            figures |= objective.validate()
+    name = (settings.best or "").removeprefix("-")
+    complete = (previewing or not settings.preview_every) and (
+        validating or not settings.validate_every
+    )
+    if name and complete and name not in figures:
+        raise SettingsError(
+            f"loop.best is {settings.best!r}, but there are only {', '.join(figures) or 'none'}"
+        )
+    return processes.of_main(accelerator, figures)
+
+
+def _out_of_time(accelerator: Accelerator, settings: LoopSettings, began: float) -> bool:
+    if not settings.max_minutes:
+        return False
+    return processes.of_main(accelerator, time.monotonic() - began > 60 * settings.max_minutes)
+
+
+def _export(accelerator: Accelerator, objective: Objective, ema: EMA, output_dir: Path) -> None:
+    """Writes the averaged model into `output_dir/final`, in the main process."""
+    accelerator.wait_for_everyone()  # the last checkpoint is there
+    if not accelerator.is_main_process:
+        return
+    with atomic_folder(output_dir / "final") as folder:
+        if processes.sharded(objective):
+            other = objective.fresh()
+            checkpoints.load_averages(checkpoints.checkpoints(output_dir)[-1], other)
+            other.export(folder)
+        else:
             with ema.applied(objective):
-                objective.export(output_dir / "final")
-    return finished
-
-
-def write_settings(output_dir: Path, settings: Any) -> None:
-    """Leaves the resolved settings and the versions beside the run."""
-    import diffusers
-    import transformers
-
-    output_dir.mkdir(parents=True, exist_ok=True)
-    versions = {m.__name__: m.__version__ for m in (torch, transformers, diffusers)}
-    write_json(output_dir / "settings.json", {**asdict(settings), "versions": versions})
-
-
-def _announce(accelerator: Accelerator, objective: Objective) -> None:
-    for name, child in objective.named_children():
-        trainable = sum(p.numel() for p in child.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in child.parameters() if not p.requires_grad)
-        accelerator.print(f"{name}: {trainable:,} trainable, {frozen:,} frozen parameters")
-
-
-def _log(accelerator: Accelerator, output_dir: Path, record: dict[str, Any]) -> None:
-    if accelerator.is_main_process:
-        line = json.dumps(record)
-        print(line, flush=True)
-        with (output_dir / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(line + "\n")
+                objective.export(folder)

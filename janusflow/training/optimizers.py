@@ -6,6 +6,7 @@ heads, norms, biases and convolutions always take AdamW.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,7 +40,11 @@ class OptimizerSettings:
 
 
 def build_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
-    """One optimizer, or two for Muon: (Muon over matrices, AdamW over the rest)."""
+    """One optimizer, or two for Muon: (Muon over matrices, AdamW over the rest).
+
+    Raises:
+        SettingsError: If nothing is trainable.
+    """
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -47,19 +52,27 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torc
             continue
         inner = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
         (matrices if inner and settings.name == "muon" else rest).append(parameter)
-    betas = (settings.betas[0], settings.betas[1])
-    adamw = torch.optim.AdamW(
-        rest, lr=settings.learning_rate, betas=betas, weight_decay=settings.weight_decay, fused=True
-    )
-    if not matrices:
-        return [adamw]
-    muon = torch.optim.Muon(
-        matrices,
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return [muon, adamw]
+    if not matrices and not rest:
+        raise SettingsError("nothing is trainable: every weight is frozen")
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        muon = torch.optim.Muon(
+            matrices,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        optimizers.append(muon)
+    if rest:
+        adamw = torch.optim.AdamW(
+            rest,
+            lr=settings.learning_rate,
+            betas=(settings.betas[0], settings.betas[1]),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        optimizers.append(adamw)
+    return optimizers
 
 
 def rate_factor(step: int, total_steps: int, settings: OptimizerSettings) -> float:
@@ -68,3 +81,17 @@ def rate_factor(step: int, total_steps: int, settings: OptimizerSettings) -> flo
     decay_steps = settings.decay_fraction * total_steps
     fall = min(1.0, (total_steps - step) / decay_steps) if decay_steps else 1.0
     return min(rise, fall)
+
+
+def peak_rates(optimizers: Sequence[torch.optim.Optimizer]) -> list[list[float]]:
+    """Peak rates of the groups of each optimizer, read before the first step."""
+    return [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+
+
+def set_rates(
+    optimizers: Sequence[torch.optim.Optimizer], peaks: list[list[float]], factor: float
+) -> None:
+    """Sets all rates to a share of their peaks."""
+    for optimizer, rates in zip(optimizers, peaks, strict=True):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor

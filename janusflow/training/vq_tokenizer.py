@@ -79,9 +79,10 @@ class VQTokenizerObjective(Objective):
         """Codes (K, D)."""
         return self.tokenizer.quantize.embedding.weight
 
-    def batch(self, step: int) -> dict[str, Tensor]:
+    def batch(self, step: int, part: int = 0) -> dict[str, Tensor]:
         """Pixels (B, 3, H, W)."""
-        rng = np.random.default_rng([self.settings.loop.seed, 6, step])
+        loop = self.settings.loop
+        rng = np.random.default_rng([loop.seed, 6, loop.sample(step, part)])
         scenes = [sample_scene(rng) for _ in range(self.settings.batch_size)]
         pixels = to_pixels([draw(scene, self.settings.image_size) for scene in scenes])
         return {"pixels": pixels.contiguous(memory_format=torch.channels_last)}

@@ -9,40 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from toy_run import Regression, curve, loop
 
 from janusflow.errors import SettingsError
 from janusflow.settings import fill, overrides_from_arguments, read_yaml
 from janusflow.training.autoencoder import AutoencoderSettings
 from janusflow.training.ema import EMA
-from janusflow.training.loop import LoopSettings, Objective, train
+from janusflow.training.loop import train
 from janusflow.training.losses import next_token_loss, rectified_flow_loss
 from janusflow.training.optimizers import OptimizerSettings, build_optimizers, rate_factor
 from janusflow.training.run import run
-
-
-class Regression(Objective):
-    """A small network that learns a fixed map from batches drawn by step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
-
-    def batch(self, step):
-        generator = torch.Generator().manual_seed(step)
-        return {"x": torch.randn(16, 4, generator=generator)}
-
-    def forward(self, *, x):
-        return {"squared": (self.net(x) - x[:, :2].sin()).square().mean()}
-
-    def export(self, folder):
-        folder.mkdir()
-        torch.save({}, folder / "marker")
-
-
-def loop(**changes) -> LoopSettings:
-    values = {"steps": 12, "precision": "no", "log_every": 1, "save_every": 4, **changes}
-    return LoopSettings(**values)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -54,12 +30,12 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, optimizer):
     calls = 0
     draw = stopped.batch
 
-    def batch(step):
+    def batch(step, part):
         nonlocal calls
         calls += 1
         if calls == 7:
             raise KeyboardInterrupt  # in the middle of a save interval
-        return draw(step)
+        return draw(step, part)
 
     stopped.batch = batch
     with pytest.raises(KeyboardInterrupt):
@@ -73,13 +49,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, optimizer):
         file = f"step-0000012/{name}.safetensors"
         one, other = (load_file(tmp_path / run / file) for run in ("whole", "parts"))
         assert all(torch.equal(one[key], other[key]) for key in one), name
-    curves = [
-        {
-            record["step"]: record["squared"]
-            for record in map(json.loads, (tmp_path / run / "log.jsonl").read_text().splitlines())
-        }
-        for run in ("whole", "parts")
-    ]
+    curves = [curve(tmp_path / run) for run in ("whole", "parts")]
     assert curves[0] == curves[1]
     assert len(curves[0]) == 12
 
@@ -138,6 +108,16 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     shapes = [tuple(p.shape) for p in muon.param_groups[0]["params"]]
     assert shapes == [(8, 4), (2, 8)]
     assert (3, 4) in [tuple(p.shape) for p in adamw.param_groups[0]["params"]]
+
+
+def test_only_what_is_trainable_has_an_optimizer():
+    objective = Regression()
+    objective.net[0].requires_grad_(False)
+    objective.net[2].bias.requires_grad_(False)
+    (muon,) = build_optimizers(objective, OptimizerSettings(name="muon"))
+    assert muon.param_groups[0]["params"] == [objective.net[2].weight]
+    with pytest.raises(SettingsError, match="every weight is frozen"):
+        build_optimizers(objective.requires_grad_(False), OptimizerSettings())
 
 
 def test_the_flow_loss_is_the_squared_distance_to_image_minus_noise():

@@ -15,11 +15,7 @@ from torch import Tensor
 
 from janusflow.data.shapes.language import Question, ask, training_caption, training_scene
 from janusflow.data.shapes.scene import COLORS, SHAPES, Scene, draw, sample_scene
-from janusflow.processing.processor import JanusFlowProcessor
-
-IGNORED = -100
-"""Label of tokens that no loss is taken of."""
-
+from janusflow.processing.processor import IGNORED, JanusFlowProcessor
 
 TRAINING_SHARES = (0.2, 0.55, 0.25)
 """Shares of single objects, pairs and groups: pairs take longest to learn."""

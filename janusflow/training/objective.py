@@ -1,0 +1,79 @@
+"""What a run trains: the interface between the loop and everything that can be trained.
+
+An `Objective` holds the modules, makes their batches and turns these into named losses. It knows
+nothing of steps, processes or checkpoints; all hooks but `batch` and `forward` have defaults.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from janusflow.errors import SettingsError
+
+
+class Objective(nn.Module):
+    """What is trained: modules, their batches and their losses."""
+
+    free_settings: tuple[str, ...] = ()
+    """Settings of its own, or whole sections, that do not change what is learned: a run may go on
+    with others."""
+    reaches_all_weights = True
+    """False if the losses of a part may leave trainable weights without a gradient. Several
+    processes then look for these weights in every part. Sharded weights need True."""
+
+    @abstractmethod
+    def batch(self, step: int, part: int = 0) -> dict[str, Tensor]:
+        """One part of the batch of a step, on the CPU.
+
+        An objective without state gives the same for the same step and part. One that reads data
+        holds a stream for each part that it is asked for, and gives that stream's next samples.
+        """
+
+    @abstractmethod
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """Named losses (scalars); their sum is minimised."""
+
+    def data_state(self) -> dict[int, Any]:
+        """Where the stream of each part is after its last batch, as JSON; {} without streams."""
+        return {}
+
+    def load_data_state(self, states: dict[int, Any]) -> None:
+        """Takes the streams to where `data_state` said, given for all parts of all processes."""
+
+    def work(self, batch: dict[str, Tensor]) -> dict[str, int]:
+        """What a part holds, such as `{"tokens": 4096, "images": 7}`, for figures a second."""
+        return {}
+
+    def sources(self) -> dict[str, str]:
+        """What was loaded from where, to be printed at the start."""
+        return {}
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trades time for memory: states inside the layers are computed again going backward.
+
+        Raises:
+            SettingsError: If the objective cannot.
+        """
+        raise SettingsError(
+            f"{type(self).__name__} has no gradient checkpointing; "
+            "set loop.gradient_checkpointing to false"
+        )
+
+    def preview(self, step: int, folder: Path) -> dict[str, float]:
+        """Writes what training looks like into `folder`; returns figures for the log."""
+        return {}
+
+    def validate(self) -> dict[str, float]:
+        """Figures on held-out data for the log, such as losses by bucket of t."""
+        return {}
+
+    def export(self, folder: Path) -> None:
+        """Writes the finished model into `folder`, which exists and is empty."""
+
+    def fresh(self) -> Objective:
+        """Another one, untrained, which takes the weights that were trained in shards to export."""
+        return type(self)(self.settings)

@@ -1,0 +1,195 @@
+"""The processes of a run: how many there are, how they share parts and weights.
+
+One process, several with whole weights (DDP), or several with weights in shards (FSDP2), by
+accelerate's configs. Everything that is done to weights outside forward and backward goes through
+`whole` and `laid_out_like`, so that no other module knows of shards.
+
+`accelerate launch` starts several processes on CPUs through MPI only, and one where that is not
+installed. `python -m torch.distributed.run --nproc_per_node 2 -m janusflow.training CONFIG` starts
+two that talk by gloo.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from janusflow.errors import SettingsError
+from janusflow.training.objective import Objective
+
+_PATIENCE = timedelta(hours=4)
+"""How long processes wait for each other: one of them encodes all pictures, or writes."""
+
+
+def begin() -> PartialState:
+    """Joins the other processes, if the command was started in several."""
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
+
+
+def accelerator_for(
+    objective: Objective,
+    output_dir: Path,
+    *,
+    microbatches: int,
+    precision: str,
+    trackers: list[str],
+    muon: bool,
+) -> Accelerator:
+    """The accelerator of a run of `microbatches` parts a step.
+
+    Raises:
+        SettingsError: If the processes cannot share the parts evenly, or cannot do what is asked.
+    """
+    count = begin().num_processes
+    if microbatches % count:
+        raise SettingsError(
+            f"loop.microbatches is {microbatches}, which {count} processes cannot share evenly; "
+            f"set it to a multiple of {count}"
+        )
+    AcceleratorState._reset_state()  # else the precision of this process's last run stays
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=microbatches // count,
+        log_with=list(trackers) or None,
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=not objective.reaches_all_weights)
+        ],
+    )
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and muon:
+        raise SettingsError(
+            "optimizer.name is 'muon', which needs whole matrices, but FSDP and DeepSpeed cut "
+            "them up; set it to 'adamw', or take configs/accelerate/multi_gpu.yaml"
+        )
+    if kind is DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise SettingsError(
+                "FSDP's first version cannot write whole checkpoints; set fsdp_version: 2 in "
+                "accelerate's config, as configs/accelerate/fsdp.yaml has it"
+            )
+        # Weights are gathered and gradients summed in float32, as without shards. Accelerate's own
+        # policy would also round what goes in: times of the path to bfloat16's 8 bits.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    if kind is DistributedType.DEEPSPEED:
+        # Batches are ours, so DeepSpeed needs no more than a number here.
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+    return accelerator
+
+
+def prepare(
+    accelerator: Accelerator, objective: Objective, optimizers: list[torch.optim.Optimizer]
+) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+    """The objective and its optimizers, on the device and laid out over the processes."""
+    model, *prepared = accelerator.prepare(objective, *optimizers)
+    shards = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if shards and accelerator.mixed_precision == "bf16":
+        # Accelerate does this for whole weights; of shards it would round the weights instead.
+        autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
+        objective.forward = autocast(objective.forward)  # type: ignore[method-assign]
+    return model, prepared
+
+
+def kept_optimizers(
+    accelerator: Accelerator, optimizers: list[torch.optim.Optimizer]
+) -> list[torch.optim.Optimizer]:
+    """The optimizers whose moments go into checkpoints: none of DeepSpeed's, which hides them."""
+    return [] if accelerator.distributed_type is DistributedType.DEEPSPEED else optimizers
+
+
+def clip(accelerator: Accelerator, weights: list[nn.Parameter], most: float) -> Tensor:
+    """Clips the gradients to an L2 norm, over all weights; returns what it was."""
+    return whole(torch.as_tensor(accelerator.clip_grad_norm_(weights, most)))
+
+
+def shares(accelerator: Accelerator) -> int:
+    """Among how many processes all that is kept of a weight is spread."""
+    sharding = accelerator.distributed_type is DistributedType.FSDP
+    return accelerator.num_processes if sharding else 1
+
+
+def sharded(module: nn.Module) -> bool:
+    """Whether a module's weights are spread over the processes."""
+    return any(isinstance(weight, DTensor) for weight in module.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor from its shards; all processes have to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor, or the tensor when there are none."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def laid_out_like(tensor: Tensor, weight: Tensor) -> Tensor:
+    """A whole tensor in the shards of a weight; a number stays one."""
+    if not isinstance(weight, DTensor) or tensor.ndim == 0:
+        return tensor
+    tensor = tensor.to(weight.to_local().device)
+    return distribute_tensor(tensor, weight.device_mesh, weight.placements, src_data_rank=None)
+
+
+@contextmanager
+def evaluating(objective: nn.Module) -> Iterator[None]:
+    """The objective in evaluation mode, whichever of its modules is called."""
+    if isinstance(objective, FSDPModule):
+        objective.unshard()  # the layers gather their own weights, the root does when called itself
+    try:
+        with torch.no_grad():
+            objective.eval()
+            yield
+    finally:
+        objective.train()
+        if isinstance(objective, FSDPModule):
+            objective.reshard()
+
+
+@contextmanager
+def folder_of_main(accelerator: Accelerator, folder: Path) -> Iterator[Path]:
+    """`folder` in the main process; in others, which do the same, one that is thrown away."""
+    if accelerator.is_main_process:
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+
+
+def of_main(accelerator: Accelerator, value: Any) -> Any:
+    """What the main process has, in all processes."""
+    if accelerator.num_processes == 1:
+        return value
+    return broadcast_object_list([value])[0]
+
+
+def summed(accelerator: Accelerator, figures: dict[str, float]) -> dict[str, float]:
+    """Sums of figures by name over all processes, which need not have the same names."""
+    if accelerator.num_processes == 1:
+        return figures
+    total: dict[str, float] = {}
+    for some in gather_object([figures]):
+        for name, figure in some.items():
+            total[name] = total.get(name, 0) + figure
+    return total
+
+
+def merged(accelerator: Accelerator, states: dict[int, Any], parts: range) -> dict[int, Any]:
+    """States of all parts; each process knows those of its own, `parts`, and maybe old others."""
+    states = {part: state for part, state in states.items() if part in parts}
+    if accelerator.num_processes == 1:
+        return states
+    return {part: state for some in gather_object([states]) for part, state in some.items()}

@@ -1,0 +1,106 @@
+"""Pairs for reflow: what the model's own path joins is what it is trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from janusflow import JanusFlowPipeline, SettingsError
+from janusflow.data.sources import open_source, source_settings
+from janusflow.settings import fill
+from janusflow.training.pairs import PairsRunSettings, make_pairs
+from janusflow.training.stage import StageObjective, StageSettings
+
+CAPTIONS = {"format": "shapes", "kind": "generation", "num_pictures": 30}
+
+
+def settings_of(folder: Path, **changes: Any) -> PairsRunSettings:
+    values = {
+        "output_dir": str(folder),
+        "data": {"sources": {"captions": CAPTIONS}, "threads": 0},
+        "num_pairs": 7,
+        "pairs_per_file": 3,
+        "num_inference_steps": 2,
+        "seed": 40,
+    }
+    return fill(PairsRunSettings, {**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairs(settings_of(tmp_path_factory.mktemp("pairs")))
+
+
+def source_of(folder: Path) -> Any:
+    values = {"format": "pairs", "kind": "generation", "path": str(folder)}
+    return open_source("pairs", source_settings("pairs", values))
+
+
+def test_a_pair_is_joined_by_the_guided_path_of_the_model(folder: Path) -> None:
+    source = source_of(folder)
+    assert len(source) == 7
+    assert len({source[index].prompt for index in range(7)}) > 4
+    pipe = JanusFlowPipeline.from_pretrained("tiny", vae=None)
+    pipe.set_progress_bar_config(disable=True)
+    for index in (0, 2, 6):
+        sample = source[index]
+        x_0, x_1 = sample.ends
+        out = pipe(
+            sample.prompt, head="flow", latents=x_0, num_inference_steps=2, output_type="latent"
+        )
+        torch.testing.assert_close(x_1, out.latents, atol=2e-3, rtol=1e-3)
+        generator = torch.Generator().manual_seed(40 + index)
+        assert torch.equal(x_0[0], torch.randn(x_0.shape[1:], generator=generator))
+    assert source[6].name == "part-00002.safetensors:0"
+
+
+def test_a_run_that_was_stopped_makes_the_same_files(folder: Path, tmp_path: Path) -> None:
+    make_pairs(settings_of(tmp_path, num_pairs=7))
+    files = sorted((tmp_path / "final").iterdir())
+    whole = {file.name: file.read_bytes() for file in files}
+    assert whole == {file.name: file.read_bytes() for file in folder.iterdir()}
+    (tmp_path / "final" / "part-00001.safetensors").unlink()
+    kept = (tmp_path / "final" / "part-00000.safetensors").stat().st_mtime_ns
+    make_pairs(settings_of(tmp_path))
+    assert {file.name: file.read_bytes() for file in files} == whole
+    assert (tmp_path / "final" / "part-00000.safetensors").stat().st_mtime_ns == kept
+
+
+def test_a_stage_learns_the_straight_path_between_the_ends(folder: Path, tmp_path: Path) -> None:
+    pairs = {"format": "pairs", "kind": "generation", "path": str(folder)}
+    values: dict[str, Any] = {
+        "output_dir": str(tmp_path),
+        "trained": ["flow_head"],
+        "data": {"sources": {"pairs": pairs}, "threads": 0},
+        "packing": {"length": 256},
+        "drawing": {"noises_per_picture": 2, "condition_dropout_prob": 0.0},
+        "alignment": {"weight": 0},
+    }
+    batch = StageObjective(fill(StageSettings, values)).batch(0)
+    known = {tuple(source_of(folder)[i].ends[0].flatten()[:3].tolist()): i for i in range(7)}
+    for at in range(0, len(batch["x_0"]), 2):
+        first, second = batch["x_0"][at : at + 2]
+        assert torch.equal(first, second), "one noise, seen at two times"
+        assert batch["t"][at] != batch["t"][at + 1]
+        index = known[tuple(first.flatten()[:3].tolist())]
+        assert torch.equal(batch["x_1"][at], source_of(folder)[index].ends[1][0])
+    with pytest.raises(SettingsError, match=r"set alignment\.weight to 0"):
+        StageObjective(fill(StageSettings, {**values, "alignment": {"weight": 1.0}}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_pairs": 0}, "num_pairs is at least 1"),
+        ({"data": {"sources": {}}}, "there is no source"),
+        ({"data": {"sources": {"q": {**CAPTIONS, "kind": "understanding"}}}}, "and data has none"),
+    ],
+)
+def test_bad_pairs_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        make_pairs(settings_of(tmp_path, **changes))
+    with pytest.raises(SettingsError, match="expected a folder of pairs"):
+        source_of(tmp_path / "none")
