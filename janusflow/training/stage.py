@@ -35,6 +35,7 @@ from janusflow.processing.processor import IGNORED
 from janusflow.training.alignment import AlignmentHead, AlignmentSettings, alignment_loss
 from janusflow.training.cached import Cached, Encode
 from janusflow.training.loop import LoopSettings
+from janusflow.training.lora import LoraSettings, add_adapters, merged_weights
 from janusflow.training.losses import image_token_loss, rectified_flow_loss
 from janusflow.training.objective import Objective
 from janusflow.training.packed import PackedStates, packed_states
@@ -99,7 +100,8 @@ class StageSettings:
     vae: str = "default"
     """See `JanusFlowPipeline.from_pretrained`."""
     trained: list[str] = field(default_factory=lambda: ["aligner", "flow_head"])
-    """Names of `TRAINABLE`."""
+    """Names of `TRAINABLE`; may be empty where there are adapters."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
     data: DataSettings = field(default_factory=DataSettings)
     packing: PackingSettings = field(default_factory=PackingSettings)
     drawing: DrawingSettings = field(default_factory=DrawingSettings)
@@ -113,7 +115,7 @@ class StageSettings:
 
     def __post_init__(self) -> None:
         unknown = set(self.trained) - set(TRAINABLE)
-        if unknown or not self.trained:
+        if unknown or not (self.trained or self.lora.rank):
             raise SettingsError(
                 f"trained is {self.trained}; it names one or more of {', '.join(TRAINABLE)}"
             )
@@ -169,6 +171,8 @@ class StageObjective(Objective):
             raise SettingsError(f"{settings.model} has no autoencoder; name one by vae")
         _choose_trained(self.model, settings)
         torch.manual_seed(settings.loop.seed)
+        if settings.lora.rank:
+            add_adapters(self.model, settings.lora)
         self.alignment = _alignment_head(self.model, settings)
         self._sources = open_sources(settings.data)
         if self.alignment is not None and any(isinstance(s, PairsSource) for s in self._sources):
@@ -405,8 +409,13 @@ class StageObjective(Objective):
         return figures
 
     def export(self, folder: Path) -> None:
-        """Saves the whole pipeline in bfloat16."""
-        self._pipe.to(torch.bfloat16).save_pretrained(folder)
+        """Saves the whole pipeline in bfloat16, adapters merged in."""
+        pipe = self._pipe
+        if self.settings.lora.rank:
+            model = JanusFlowForConditionalGeneration(self.model.config)
+            model.load_state_dict(merged_weights(self.model))
+            pipe = JanusFlowPipeline(model=model, vae=pipe.vae, processor=pipe.processor)
+        pipe.to(torch.bfloat16).save_pretrained(folder)
         self._pipe.to(torch.float32)
 
 

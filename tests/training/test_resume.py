@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,16 +127,19 @@ def test_streams_go_on_with_the_very_next_sample(tmp_path):
     assert objective.positions == {0: 12, 1: 12}
 
 
-@pytest.mark.parametrize(("best", "kept"), [("score", 9), ("-score", 3)])
+@pytest.mark.parametrize(("best", "kept"), [("score", 9), ("-score", 6)])
 def test_the_best_checkpoint_stays(tmp_path, best, kept):
     class Scored(Regression):
         def preview(self, step, folder):
-            return {"score": {3: 0.1, 6: 0.5, 9: 0.9, 12: 0.5, 15: 0.9, 18: 0.2, 20: 0.3}[step]}
+            return {"score": {3: 0.3, 6: 0.1, 9: 0.9, 12: 0.5, 15: 0.9, 18: 0.2, 20: 0.3}[step]}
 
     settings = loop(steps=20, preview_every=3, best=best, keep_last=1)
     train(Scored(), settings, tmp_path)
     names = [path.name for path in checkpoints.checkpoints(tmp_path)]
     assert names == [f"step-{kept:07d}", "step-0000020"]
+    train(Scored(), replace(settings, keep_last=20), tmp_path / "all")
+    steps = {int(path.name[5:]) for path in checkpoints.checkpoints(tmp_path / "all")}
+    assert steps == {4, 8, 12, 16, 20, 3, kept}  # each time that it got better, and as ever
     assert checkpoints.best_figure(tmp_path, best) == (0.9 if kept == 9 else 0.1)
 
 
@@ -145,9 +149,9 @@ def test_the_best_is_remembered_by_a_run_that_goes_on(tmp_path):
             return {"score": 1.0 if step == 3 else 0.5}
 
     for steps in (6, 12):
-        train(Scored(), loop(steps=steps, preview_every=3, best="score", keep_last=1), tmp_path)
+        train(Scored(), loop(steps=steps, preview_every=3, best="score", keep_last=9), tmp_path)
     names = [path.name for path in checkpoints.checkpoints(tmp_path)]
-    assert names == ["step-0000003", "step-0000012"]
+    assert names == [f"step-{step:07d}" for step in (3, 4, 6, 8, 12)]  # none at 9
 
 
 def test_a_best_figure_that_nothing_measures_is_refused(tmp_path):
