@@ -167,7 +167,7 @@ def plan(parts: Parts, gpus: list[int], tflops: float, share: float) -> Iterator
                 f"{kept.flops / 1e12:,.1f}",
                 f"{again.flops / 1e12:,.1f}",
                 str(count),
-                f"{days:,.1f}",
+                f"{days:,.2f}",
                 f"{whole / 2**30:,.1f}",
                 f"{whole / count / 2**30:,.1f}",
                 f"{kept.saved / 2**30:,.1f}",

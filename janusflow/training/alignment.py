@@ -63,5 +63,3 @@ def _on_grid(features: Tensor, num_tokens: int) -> Tensor:
         return features
     grid = rearrange(features, "g (h w) f -> g f h w", h=have)
     return rearrange(nn.functional.adaptive_avg_pool2d(grid, want), "g f h w -> g (h w) f")
-
-

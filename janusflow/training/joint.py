@@ -313,6 +313,27 @@ class JointObjective(Objective):
             losses["vq"] = settings.drawing.vq_weight * loss
         return losses
 
+    def work(self, batch: dict[str, Tensor]) -> dict[str, int]:
+        """Places of the language model's rows, and pictures drawn or looked at."""
+        drawn = len(batch["x_1"]) * (1 + self.model.flow_config.num_image_tokens)
+        rows = (
+            batch[name]
+            for name in ("prompt_ids", "conversation_ids", "image_tokens")
+            if name in batch
+        )
+        looked = len(batch["pixel_values"]) + len(batch["patch_pixels"])
+        return {
+            "tokens": drawn + sum(ids.numel() for ids in rows),
+            "images": len(batch["x_1"]) + looked,
+        }
+
+    def sources(self) -> dict[str, str]:
+        """The frozen parts."""
+        found = {"autoencoder": self.settings.autoencoder}
+        if self.settings.vq_tokenizer is not None:
+            found["VQ tokenizer"] = self.settings.vq_tokenizer
+        return found
+
     def _record(self) -> dict[str, Any]:
         """What both heads learned from, for comparisons."""
         drawing, loop = self.settings.drawing, self.settings.loop
