@@ -23,6 +23,7 @@ from janusflow.files import write_json
 from janusflow.training import checkpoints
 from janusflow.training.ema import EMA
 from janusflow.training.optimizers import OptimizerSettings, build_optimizers, rate_factor
+from janusflow.version import versions
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,8 @@ def train(objective: Objective, settings: LoopSettings, output_dir: Path) -> boo
 
 def write_settings(output_dir: Path, settings: Any) -> None:
     """Leaves the resolved settings and the versions beside the run."""
-    import diffusers
-    import transformers
-
     output_dir.mkdir(parents=True, exist_ok=True)
-    versions = {m.__name__: m.__version__ for m in (torch, transformers, diffusers)}
-    write_json(output_dir / "settings.json", {**asdict(settings), "versions": versions})
+    write_json(output_dir / "settings.json", {**asdict(settings), "versions": versions()})
 
 
 def _announce(accelerator: Accelerator, objective: Objective) -> None:
