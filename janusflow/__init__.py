@@ -20,12 +20,14 @@ from janusflow.errors import (
 from janusflow.version import __version__
 
 if TYPE_CHECKING:
+    from janusflow.flow.presets import PRESETS
     from janusflow.models.configuration import JanusFlowConfig
     from janusflow.models.modeling import JanusFlowForConditionalGeneration
     from janusflow.pipeline import JanusFlowPipeline
     from janusflow.processing.processor import JanusFlowProcessor
 
 __all__ = [
+    "PRESETS",
     "CheckpointError",
     "ImageError",
     "JanusFlowConfig",
@@ -44,6 +46,7 @@ _LAZY = {
     "JanusFlowForConditionalGeneration": "janusflow.models.modeling",
     "JanusFlowPipeline": "janusflow.pipeline",
     "JanusFlowProcessor": "janusflow.processing.processor",
+    "PRESETS": "janusflow.flow.presets",
 }
 
 

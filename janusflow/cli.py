@@ -125,8 +125,15 @@ def _parser() -> argparse.ArgumentParser:
         help="flow: picture to edit; the published model never learned to",
     )
     generate.add_argument(
+        "--edit", metavar="METHOD", help="flow: sdedit, flowedit or inversion (sdedit)"
+    )
+    generate.add_argument(
+        "--source-prompt", metavar="TEXT",
+        help="flow: what the picture shows, for flowedit and inversion (nothing said)",
+    )  # fmt: skip
+    generate.add_argument(
         "--strength", type=_finite, metavar="S",
-        help="flow: of an edit, above 0 and at most 1 (0.6)",
+        help="flow: of an edit, above 0 and at most 1 (0.6, 0.85 or 1, by method)",
     )  # fmt: skip
     generate.add_argument(
         "--mask-image", metavar="FILE", help="flow: white where the picture is to be drawn anew"
@@ -236,6 +243,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--steps", type=_at_least(1), metavar="N", help="flow: intervals in time (30)"
+    )
+    parser.add_argument(
+        "--preset", metavar="NAME", help="flow: steps, solver and shift where not given: fast"
     )
     parser.add_argument("--solver", help="flow: of the ODE (euler)")
     parser.add_argument(

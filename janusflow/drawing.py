@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from janusflow.errors import SettingsError
-from janusflow.flow.editing import Inpainting, start_of_edit
-from janusflow.flow.solvers import SolveStopped, solve
+from janusflow.flow.edit_methods import EditRun
+from janusflow.flow.guidance import Guidance
+from janusflow.flow.solvers import Field, SolveStopped, solve
 from janusflow.models.autoencoder import encode
 from janusflow.models.guided_field import GuidedField
 from janusflow.models.modeling import JanusFlowForConditionalGeneration
@@ -28,6 +29,7 @@ from janusflow.requests import Prompts, Request
 StepEndCallback = Callable[[Any, int, float, dict[str, Tensor]], "dict | None"]
 """`callback(pipe, step, t, {"latents": …})` after every step, t the time that was reached.
 
+Of an inversion, t falls on the way back to the noise, and then rises; the steps count on.
 For the VQ head `callback(pipe, index, share, {"tokens": …})` after every token, share the part of
 all tokens that is drawn.
 """
@@ -68,14 +70,21 @@ def encode_prompts(pipe: Drawer, prompts: Prompts, head: str, *, guided: bool) -
     )
 
 
-def _prompts_of(pipe: Drawer, request: Request, head: str, start: int, stop: int) -> EncodedPrompts:
-    """The prompts of images `start` to `stop`, a row for each image."""
-    owners = torch.arange(start, stop) // request.images_per_prompt
-    prompts = request.prompts
+def encode_pictures(pipe: Drawer, request: Request) -> Request:
+    """The request with the latents of what it edits, each picture encoded once."""
+    edit = request.edit
+    if edit is None:
+        return request
+    return replace(request, edit=replace(edit, x_img=encode(pipe.vae, edit.pictures)))
+
+
+def _prompts_of(
+    pipe: Drawer, prompts: Prompts | EncodedPrompts, head: str, owners: Tensor, *, guided: bool
+) -> EncodedPrompts:
+    """The prompts of a batch, a row for each image, by the prompts that its images belong to."""
     if isinstance(prompts, Prompts):
         first, last = int(owners[0]), int(owners[-1]) + 1
         owners = owners - first
-        guided = not request.guidance.off
         prompts = encode_prompts(pipe, prompts.rows(first, last), head, guided=guided)
     return prompts.select(owners.to(pipe._execution_device))
 
@@ -88,39 +97,40 @@ def draw_latents(
     callback: StepEndCallback | None,
     tick: Callable[[], object],
 ) -> Drawn:
-    """Latents of the images `start` to `stop` of a request."""
-    assert request.noise is not None
+    """Latents of the images `start` to `stop` of a request; of edits, after `encode_pictures`."""
     assert request.times is not None
-    device = pipe._execution_device
-    x_0 = request.noise[start:stop].to(device)
-    known: Inpainting | None = None
-    if request.pictures is not None:
-        x_img = encode(pipe.vae, request.pictures[start:stop]).to(x_0)
-        if request.mask is not None:
-            known = Inpainting(x_img, x_0, request.mask[start:stop].to(device))
-        x_0, _ = start_of_edit(x_img, x_0, request.strength)
-    reached = x_0
-    trajectory = [x_0.cpu()]
+    device, edit = pipe._execution_device, request.edit
+    owners = request.owners(start, stop)
+    noise = None if request.noise is None else request.noise[start:stop].to(device)
+    if edit is None:
+        assert noise is not None
+        reached = noise
+    else:
+        assert edit.x_img is not None
+        x_img = _of_owners(edit.x_img, owners).to(device, None if noise is None else noise.dtype)
+        reached = edit.method.start(x_img, noise, edit.strength)
+    trajectory = [reached.cpu()]
     if pipe.interrupt:
-        return Drawn(x_0, 0, 0, trajectory)
-    guidance = request.guidance
-    rests = request.times[min(guidance.zero_init_steps, len(request.times) - 1)]
-    velocity = GuidedField(
-        pipe.model.velocity,
-        _prompts_of(pipe, request, "flow", start, stop),
-        guidance,
-        rests_until=float(rests),
-    )
+        return Drawn(reached, 0, 0, trajectory)
+    rests = request.times[min(request.guidance.zero_init_steps, len(request.times) - 1)]
+    fields = []
 
-    def unless_stopped(x: Tensor, t: Tensor) -> Tensor:
-        # Some solvers take the whole path in one go; their evaluations are where to stop.
-        if pipe.interrupt:
-            raise SolveStopped
-        return velocity(x, t)
+    def field_of(prompts: Prompts | EncodedPrompts, guidance: Guidance) -> Field:
+        own = _prompts_of(pipe, prompts, "flow", owners, guided=not guidance.off)
+        velocity = GuidedField(pipe.model.velocity, own, guidance, rests_until=float(rests))
+        fields.append(velocity)
+
+        def unless_stopped(x: Tensor, t: Tensor) -> Tensor:
+            # Some solvers take the whole path in one go; their evaluations are where to stop.
+            if pipe.interrupt:
+                raise SolveStopped
+            return velocity(x, t)
+
+        return unless_stopped
 
     def on_step(step: int, t: Tensor, x: Tensor) -> Tensor:
         nonlocal reached
-        reached = x if known is None else known(step, t, x)
+        reached = x
         if callback is not None:
             held = dict.fromkeys(request.callback_inputs, reached)
             changed = callback(pipe, step, float(t), held) or {}
@@ -132,19 +142,31 @@ def draw_latents(
             raise SolveStopped
         return reached
 
-    generators = None if request.generators is None else request.generators[start:stop]
+    options: dict[str, Any] = {
+        "solver": request.solver,
+        "generators": None if request.generators is None else request.generators[start:stop],
+        "rtol": request.rtol,
+        "atol": request.atol,
+    }
+    target, source = field_of(request.prompts, request.guidance), None
+    if edit is not None and edit.source_prompts is not None:
+        scale = edit.method.source_guidance_scale
+        source = field_of(edit.source_prompts, replace(request.guidance, scale=scale))
     with contextlib.suppress(SolveStopped):  # `reached` is what a whole run ends in, too
-        solve(
-            unless_stopped,
-            x_0,
-            request.times,
-            solver=request.solver,
-            generators=generators,
-            on_step=on_step,
-            rtol=request.rtol,
-            atol=request.atol,
-        )
-    return Drawn(reached, velocity.nfe, velocity.num_forward_passes, trajectory)
+        if edit is None:
+            solve(target, reached, request.times, on_step=on_step, **options)
+        else:
+            mask = None if edit.mask is None else _of_owners(edit.mask, owners).to(device)
+            run = EditRun(
+                x_img, target, request.times, edit.strength, source, noise, mask, **options
+            )
+            edit.method.run(run, on_step)
+    return Drawn(
+        reached,
+        sum(velocity.nfe for velocity in fields),
+        sum(velocity.num_forward_passes for velocity in fields),
+        trajectory,
+    )
 
 
 def draw_picture_tokens(
@@ -174,7 +196,13 @@ def draw_picture_tokens(
     sampling = request.temperature, request.top_k, request.top_p
     tokens = draw_tokens(
         pipe.model,
-        _prompts_of(pipe, request, "vq", start, stop),
+        _prompts_of(
+            pipe,
+            request.prompts,
+            "vq",
+            request.owners(start, stop),
+            guided=not request.guidance.off,
+        ),
         num_tokens=request.num_steps,
         guidance_scale=request.guidance.scale_at(0.0),
         choose=token_choice(*sampling, request.generators[start:stop], stop - start),
@@ -182,6 +210,11 @@ def draw_picture_tokens(
     )
     drawn = tokens.shape[1]
     return Drawn(tokens, drawn, drawn * (1 if request.guidance.off else 2))
+
+
+def _of_owners(rows: Tensor, owners: Tensor) -> Tensor:
+    """The rows of a batch's prompts; a single row is that of all."""
+    return rows[(owners % len(rows)).to(rows.device)]
 
 
 def _fitting(latents: Any, like: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ from transformers import GenerationConfig
 from janusflow import drawing
 from janusflow.drawing import StepEndCallback
 from janusflow.errors import CheckpointError, SettingsError
+from janusflow.flow.edit_methods import EditMethod, Inversion
+from janusflow.flow.editing import reconstruction_error
 from janusflow.flow.guidance import Guidance
 from janusflow.flow.noise import first_seed
 from janusflow.models.answers import SAMPLING_OPTIONS, sampling_processors, stream_text
@@ -79,6 +81,29 @@ class JanusFlowOutput:
     seeds: tuple[int, ...] | None
     tokens: Tensor | None = None
     trajectory: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class InversionOutput:
+    """The noises that pictures come from, and what is drawn from them; see `invert`.
+
+    Attributes:
+        latents: The noises, float32 (B, C, H/8, W/8), on the pipeline's device: what a call takes
+            as `latents`. Of an inversion that was interrupted, as far as it came.
+        reconstruction: The pictures that are drawn from them, by `output_type` as of a call.
+        reconstruction_error: `|x - x_img|/|x_img|` of the latents that are drawn from the noises,
+            float64 (B,).
+        nfe: Evaluations that follow each other, there and back.
+        num_forward_passes: Rows that the network computed for each picture.
+        seeds: As of a call.
+    """
+
+    latents: Tensor
+    reconstruction: Any
+    reconstruction_error: Tensor
+    nfe: int
+    num_forward_passes: int
+    seeds: tuple[int, ...] | None
 
 
 class JanusFlowPipeline(DiffusionPipeline):
@@ -226,7 +251,9 @@ class JanusFlowPipeline(DiffusionPipeline):
         top_k: int | None = None,
         top_p: float | None = None,
         image: Any = None,
-        strength: float = 0.6,
+        edit: str | EditMethod | None = None,
+        source_prompt: str | Sequence[str] | None = None,
+        strength: float | None = None,
         mask_image: Any = None,
         num_images_per_prompt: int = 1,
         height: int | None = None,
@@ -271,10 +298,18 @@ class JanusFlowPipeline(DiffusionPipeline):
             top_p: Keeps the likeliest tokens up to this probability, for the VQ head.
             image: Picture to edit, for the flow head: anything that
                 `janusflow.processing.images.load_image` reads, one, or one for each prompt; cropped
-                to the size that is drawn. Drawing starts from it under noise (arXiv 2108.01073).
-                The published model was not trained for it.
-            strength: Of an edit, in (0, 1]: 1 draws anew. `num_inference_steps` counts the steps
-                of a whole path, of which this share is taken.
+                to the size that is drawn. The published model was not trained for editing.
+            edit: How: "sdedit" (when not given) draws on from the picture under noise (arXiv
+                2108.01073), "flowedit" goes from its prompt's flow to the new one's (arXiv
+                2412.08629), "inversion" goes back to its noise and draws from there (arXiv
+                2410.10792); or one with settings, of `janusflow.flow.edit_methods`.
+            source_prompt: What the picture shows, for "flowedit" and "inversion": one text, or one
+                for each prompt; no condition when not given. Of FlowEdit it is guided by
+                `FlowEdit.source_guidance_scale`, which is off when not given; of an inversion it
+                is not guided. Negative prompts are the new prompt's alone.
+            strength: Of an edit, in (0, 1]: 1 starts from noise alone, near 0 leaves the picture.
+                `num_inference_steps` counts the steps of a whole path, of which this share is
+                taken. When not given, 0.6 (SDEdit), 0.85 (FlowEdit) or 1 (inversion).
             mask_image: Of an edit: white where to draw, black where to keep the picture.
             num_images_per_prompt: n.
             height: In pixels, a multiple of latent cell times patch; the trained size when not
@@ -287,7 +322,8 @@ class JanusFlowPipeline(DiffusionPipeline):
                 (P · n, C, H/8, W/8); float64 noise is integrated in float64, all other in float32.
             output_type: "pil", "pt", "np" or "latent" (latents or tokens).
             return_trajectory: Keep the flow head's state after every step, on the CPU: as many
-                times the memory of the latents as there are steps, and one more.
+                times the memory of the latents as there are steps, and one more. Of an inversion
+                from the picture to its noise, and on to the new one.
             callback_on_step_end: See `StepEndCallback`; latents in the dict that it returns replace
                 those of the step. With `batch_size` it sees one batch after the other.
             callback_on_step_end_tensor_inputs: What its dict holds: there is "latents" for the flow
@@ -315,6 +351,8 @@ class JanusFlowPipeline(DiffusionPipeline):
             top_k=top_k,
             top_p=top_p,
             image=image,
+            edit=edit,
+            source_prompt=source_prompt,
             strength=strength,
             mask_image=mask_image,
             num_images_per_prompt=num_images_per_prompt,
@@ -332,7 +370,8 @@ class JanusFlowPipeline(DiffusionPipeline):
             options, prompt, self.model, self.processor, has_vae=self.vae is not None
         )
         self._interrupt = False
-        _load_to_accelerator(self.model)
+        request = drawing.encode_pictures(self, request)
+        _load_to_accelerator(self.model)  # last: when offloaded, the autoencoder sends it away
         draw = drawing.draw_latents if head == "flow" else drawing.draw_picture_tokens
         parts = []
         batches = range(0, request.num_images, request.batch_size)
@@ -366,6 +405,88 @@ class JanusFlowPipeline(DiffusionPipeline):
             seeds=request.seeds,
             tokens=tokens,
             trajectory=trajectory,
+        )
+
+    def invert(
+        self,
+        image: Any,
+        prompt: str | Sequence[str] = "",
+        *,
+        gamma: float = 0.0,
+        num_inference_steps: int = 30,
+        solver: str = "euler",
+        shift: float = 1.0,
+        rtol: float | None = None,
+        atol: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: OutputType = "pil",
+        batch_size: int | None = None,
+    ) -> InversionOutput:
+        """Finds the noises that pictures come from, and draws from them again.
+
+        The way there and back is not guided: `pipe(prompt, latents=out.latents,
+        guidance_scale=1.0)` at the same steps and solver gives `reconstruction` again, and the
+        error says how far that missed the pictures. The published model was not trained for it.
+
+        Args:
+            image: One or several, as of a call.
+            prompt: What they show: one text, or one for each; "" is no condition.
+            gamma: In [0, 1]: how much the way back is drawn to typical noise (arXiv 2410.10792).
+                At 0 it is the flow alone, of which drawing is the reverse; above 0 the noise is
+                more like noise, and the pictures are missed by more.
+            num_inference_steps: As of a call.
+            solver: By name, as of a call; none that draws noise. With gamma above 0 none that
+                evaluates at t = 0, as heun does.
+            shift: As of a call.
+            rtol: As of a call.
+            atol: As of a call.
+            height: As of a call.
+            width: As of a call.
+            seed: Of the first picture's typical noise, as of a call; of no effect where gamma is 0.
+            generator: As of a call.
+            output_type: As of a call.
+            batch_size: As of a call.
+
+        Raises:
+            ImageError: If a picture cannot be read.
+            PromptError: As a call.
+            SettingsError: As a call.
+        """
+        num_pictures = len(image) if isinstance(image, list | tuple) else 1
+        texts = [prompt] * num_pictures if isinstance(prompt, str) else prompt
+        output = self(
+            texts,
+            head="flow",
+            num_inference_steps=num_inference_steps,
+            guidance_scale=1.0,
+            solver=solver,
+            shift=shift,
+            rtol=rtol,
+            atol=atol,
+            image=image,
+            edit=Inversion(gamma, eta=0.0),
+            source_prompt=texts,
+            height=height,
+            width=width,
+            seed=seed,
+            generator=generator,
+            output_type=output_type,
+            return_trajectory=True,
+            batch_size=batch_size,
+        )
+        assert output.latents is not None
+        assert output.trajectory is not None
+        pictures, noises = output.trajectory[0], output.trajectory[: num_inference_steps + 1][-1]
+        return InversionOutput(
+            latents=noises.to(output.latents.device),
+            reconstruction=output.images,
+            reconstruction_error=reconstruction_error(pictures, output.latents.cpu()),
+            nfe=output.nfe,
+            num_forward_passes=output.num_forward_passes,
+            seeds=output.seeds,
         )
 
     @torch.no_grad()

@@ -17,11 +17,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from janusflow.errors import SettingsError
+from janusflow.flow.edit_methods import EditMethod, make_edit
 from janusflow.flow.editing import edit_times, latent_mask
 from janusflow.flow.guidance import Guidance
 from janusflow.flow.noise import image_generators, image_noise, spawn_generators
-from janusflow.flow.solvers import make_solver
+from janusflow.flow.solvers import Solver, make_solver
 from janusflow.flow.timesteps import check_times, time_grid
+from janusflow.flow.torchdiffeq_bridge import TorchdiffeqSolver
 from janusflow.models.modeling import JanusFlowForConditionalGeneration
 from janusflow.models.prefix import EncodedPrompts
 from janusflow.models.token_sampling import token_choice
@@ -52,7 +54,9 @@ class DrawOptions:
     top_k: int | None
     top_p: float | None
     image: Any
-    strength: float
+    edit: str | EditMethod | None
+    source_prompt: str | Sequence[str] | None
+    strength: float | None
     mask_image: Any
     num_images_per_prompt: int
     height: int | None
@@ -100,6 +104,27 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class PictureEdit:
+    """What is edited, and how.
+
+    Attributes:
+        method: With its settings.
+        strength: In (0, 1].
+        pictures: One for all images or one for each prompt, (1 or P, 3, H, W) in [-1, 1].
+        mask: The cells to draw, bool (1 or P, 1, h, w); None = all.
+        source_prompts: What the pictures show, P of them, for methods that ask.
+        x_img: Their latents, (1 or P, C, h, w), once they are encoded.
+    """
+
+    method: EditMethod
+    strength: float
+    pictures: Tensor
+    mask: Tensor | None
+    source_prompts: Prompts | None
+    x_img: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Request:
     """A call that was found to be in order.
 
@@ -112,16 +137,14 @@ class Request:
         guidance: How they are guided; for the VQ head its scale alone counts.
         seeds: By image, where seeds make its random numbers.
         callback_inputs: Names of what a callback's dict holds.
-        noise: Of the flow head, (B, C, h, w).
+        noise: Of the flow head, (B, C, h, w); None for edits that draw it step by step.
         times: Of the flow head, (steps + 1,).
         solver: Of the flow head.
         rtol: Of the flow head's solver, where it is adaptive; None = its own.
         atol: As `rtol`.
         return_trajectory: Of the flow head, whether all states are kept.
-        pictures: Of the flow head, what is edited, (B, 3, H, W) in [-1, 1].
-        strength: Of an edit.
-        mask: Of an edit, the cells to draw, bool (B, 1, h, w).
-        generators: By image, of the VQ head's tokens or the steps of a stochastic solver.
+        edit: Of the flow head, where pictures are edited.
+        generators: By image, of the VQ head's tokens or of steps that draw noise.
         temperature: Of the VQ head.
         top_k: Of the VQ head.
         top_p: Of the VQ head.
@@ -141,13 +164,15 @@ class Request:
     rtol: float | None = None
     atol: float | None = None
     return_trajectory: bool = False
-    pictures: Tensor | None = None
-    strength: float = 1.0
-    mask: Tensor | None = None
+    edit: PictureEdit | None = None
     generators: tuple[torch.Generator, ...] | None = None
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+
+    def owners(self, start: int, stop: int) -> Tensor:
+        """The prompts that the images from `start` to `stop` belong to, int64."""
+        return torch.arange(start, stop) // self.images_per_prompt
 
 
 def check_request(
@@ -222,8 +247,11 @@ def _flow_request(
     has_vae: bool,
 ) -> Request:
     config = model.flow_config
-    times = _times(options)
+    method, strength = _edit_method(options)
+    times = _times(options, None if method is None else strength)
     solver = make_solver(options.solver)
+    if method is not None:
+        method.check(times, solver=options.solver, rtol=options.rtol, atol=options.atol)
     _warn_of_idle(options, "flow", ("temperature", "top_k", "top_p"))
     if not has_vae and options.output_type != "latent":
         raise SettingsError(
@@ -241,43 +269,36 @@ def _flow_request(
     num_tokens = rows * columns // config.patch_size**2
     prompts = _prompts(prompt, options, model, processor, num_tokens)
     total = len(prompts) * options.num_images_per_prompt
-    generators, seeds = None, None
-    if options.latents is None:
-        generators, seeds = image_generators(total, seed=options.seed, generator=options.generator)
-    elif solver.draws_noise:
-        raise SettingsError(
-            f"solver {options.solver!r} draws noise in every step: give seed= or generator=, from "
-            "which the first noise comes, too, and not latents="
-        )
-    noise, _ = image_noise(
+    drawing_steps = f"solver {options.solver!r}" if solver.draws_noise else None
+    noise_first = method is None or not method.draws_noise
+    noise, generators, seeds = _random_numbers(
+        options,
         total,
         (config.latent_channels, rows, columns),
-        seed=options.seed if generators is None else None,
-        generator=options.generator if generators is None else generators,
-        latents=options.latents,
+        drawing_steps if noise_first else type(method).__name__,
+        noise_first=noise_first,
     )
-    if generators is not None and isinstance(options.generator, torch.Generator):
-        # They drew from it one after another; in the steps they would draw in turns.
-        shared = options.generator if solver.draws_noise else None
-        generators = None if shared is None else spawn_generators(shared, total)
-    pictures = mask = None
-    if options.image is not None:
-        factor = config.vae_scale_factor
+    edit = None
+    if method is not None:
+        if not has_vae:
+            raise SettingsError("image= needs an autoencoder; load one with vae=FOLDER")
+        num, factor = len(prompts), config.vae_scale_factor
         size = (columns * factor, rows * factor)
-        pictures = _pictures(options.image, "image", len(prompts), size, has_vae=has_vae)
-        if options.mask_image is not None:
-            shades = _pictures(options.mask_image, "mask_image", len(prompts), size, has_vae=True)
-            mask = latent_mask(shades.mean(1, keepdim=True) / 2 + 0.5, (rows, columns))
-            mask = mask.repeat_interleave(options.num_images_per_prompt, 0)
-        pictures = pictures.repeat_interleave(options.num_images_per_prompt, 0)
-    elif options.mask_image is not None:
-        raise SettingsError("mask_image says where to draw over a picture; give image=, too")
+        edit = PictureEdit(
+            method,
+            strength,
+            _pictures(options.image, "image", num, size),
+            _mask(options, solver, num, size, (rows, columns)),
+            _source_prompts(options, num, model, processor, num_tokens)
+            if method.takes_source
+            else None,
+        )
     return Request(
         prompts=prompts,
         num_images=total,
         # Adaptive solvers control the error over a whole batch.
         batch_size=1 if solver.adaptive else min(options.batch_size or total, total),
-        num_steps=len(solver.grid(times)) - 1,
+        num_steps=(len(solver.grid(times)) - 1) * (1 if method is None else method.rounds),
         seeds=seeds,
         noise=noise,
         times=times,
@@ -285,20 +306,34 @@ def _flow_request(
         rtol=options.rtol,
         atol=options.atol,
         return_trajectory=options.return_trajectory,
-        pictures=pictures,
-        strength=options.strength,
-        mask=mask,
-        generators=None if generators is None else tuple(generators),
+        edit=edit,
+        generators=generators,
         **common,
     )
 
 
-def _times(options: DrawOptions) -> Tensor:
-    """The grid of a run; of an edit, what is left of it."""
+def _edit_method(options: DrawOptions) -> tuple[EditMethod | None, float]:
+    """How a picture is edited and how strongly; None and 1 where there is none."""
+    if options.image is None:
+        for name in ("edit", "source_prompt", "strength", "mask_image"):
+            if getattr(options, name) is not None:
+                raise SettingsError(f"{name}= is of editing a picture; give image=, too")
+        return None, 1.0
+    method = make_edit("sdedit" if options.edit is None else options.edit)
+    if options.source_prompt is not None and not method.takes_source:
+        raise SettingsError(
+            f"{type(method).__name__} does not ask what the picture shows; leave source_prompt "
+            'out, or take edit="flowedit" or edit="inversion"'
+        )
+    return method, method.default_strength if options.strength is None else options.strength
+
+
+def _times(options: DrawOptions, strength: float | None) -> Tensor:
+    """The grid of a run; of an edit, what its strength leaves of it."""
     if options.times is None:
-        if options.image is None:
+        if strength is None:
             return time_grid(options.num_inference_steps, shift=options.shift)
-        return edit_times(options.num_inference_steps, options.strength, shift=options.shift)
+        return edit_times(options.num_inference_steps, strength, shift=options.shift)
     if options.image is not None or options.shift != 1.0:
         raise SettingsError("times= are a whole grid; they leave no room for shift= or image=")
     times = check_times(options.times)
@@ -309,12 +344,43 @@ def _times(options: DrawOptions) -> Tensor:
     return times
 
 
-def _pictures(
-    given: Any, name: str, num_prompts: int, size: tuple[int, int], *, has_vae: bool
-) -> Tensor:
-    """Pictures (P, 3, H, W) in [-1, 1], cropped to a size (width, height) about their middle."""
-    if not has_vae:
-        raise SettingsError(f"{name}= needs an autoencoder; load one with vae=FOLDER")
+def _random_numbers(
+    options: DrawOptions,
+    total: int,
+    shape: tuple[int, int, int],
+    drawing_steps: str | None,
+    *,
+    noise_first: bool,
+) -> tuple[Tensor | None, tuple[torch.Generator, ...] | None, tuple[int, ...] | None]:
+    """The first noise (B, C, h, w), the generators of later draws, and the seeds.
+
+    Args:
+        options: With their seed, generator or latents.
+        total: B.
+        shape: (C, h, w).
+        drawing_steps: What draws noise in every step; None = nothing does.
+        noise_first: Whether there is a noise to begin with.
+    """
+    sources: dict[str, Any] = {"seed": options.seed, "generator": options.generator}
+    if options.latents is not None:
+        if drawing_steps is not None:
+            raise SettingsError(
+                f"{drawing_steps} draws noise in every step: give seed= or generator=, from which "
+                "all noise comes, and not latents="
+            )
+        return image_noise(total, shape, latents=options.latents, **sources)[0], None, None
+    generators, seeds = image_generators(total, **sources)
+    noise = image_noise(total, shape, generator=generators)[0] if noise_first else None
+    if drawing_steps is None:
+        return noise, None, seeds
+    if isinstance(options.generator, torch.Generator):
+        # So far they drew from it one after another; in the steps they would draw in turns.
+        generators = spawn_generators(options.generator, total)
+    return noise, tuple(generators), seeds
+
+
+def _pictures(given: Any, name: str, num_prompts: int, size: tuple[int, int]) -> Tensor:
+    """Pictures (1 or P, 3, H, W) in [-1, 1], cropped to (width, height) about their middle."""
     sources = list(given) if isinstance(given, list | tuple) else [given]
     if len(sources) not in (1, num_prompts):
         raise SettingsError(
@@ -322,8 +388,44 @@ def _pictures(
         )
     shown = [ImageOps.fit(load_image(source), size, Image.Resampling.LANCZOS) for source in sources]
     pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in shown]))
-    pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-    return pixels.expand(num_prompts, -1, -1, -1)
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _mask(
+    options: DrawOptions,
+    solver: Solver,
+    num_prompts: int,
+    size: tuple[int, int],
+    latent_size: tuple[int, int],
+) -> Tensor | None:
+    """The cells to draw, bool (1 or P, 1, h, w); None = all."""
+    if options.mask_image is None:
+        return None
+    if isinstance(solver, TorchdiffeqSolver):
+        raise SettingsError(
+            f"mask_image puts the picture back after every step, and solver {options.solver!r} "
+            "runs as a whole; take one that steps, such as euler or heun"
+        )
+    shades = _pictures(options.mask_image, "mask_image", num_prompts, size)
+    return latent_mask(shades.mean(1, keepdim=True) / 2 + 0.5, latent_size)
+
+
+def _source_prompts(
+    options: DrawOptions,
+    num_prompts: int,
+    model: JanusFlowForConditionalGeneration,
+    processor: JanusFlowProcessor,
+    num_tokens: int,
+) -> Prompts:
+    """What the pictures show, a text for each prompt; "" where nothing is said."""
+    given = "" if options.source_prompt is None else options.source_prompt
+    texts = [given] if isinstance(given, str) else list(given)
+    if len(texts) not in (1, num_prompts):
+        raise SettingsError(
+            f"got {len(texts)} source prompts for {num_prompts} prompts; give one, or one for each"
+        )
+    texts *= num_prompts // len(texts)
+    return tokenize(texts, None, "flow", model, processor, num_tokens)
 
 
 def _token_request(
@@ -370,7 +472,8 @@ def _token_request(
 def _refuse_flow_only(options: DrawOptions, guidance: Guidance) -> None:
     if guidance != Guidance(guidance.scale) or callable(guidance.scale):
         raise SettingsError("the VQ head is guided by a scale alone; give guidance_scale=")
-    if options.image is not None or options.mask_image is not None:
+    edits = (options.image, options.edit, options.source_prompt, options.strength)
+    if any(given is not None for given in (*edits, options.mask_image)):
         raise SettingsError('pictures are edited along the flow; draw with head="flow"')
     if options.return_trajectory:
         raise SettingsError('return_trajectory keeps states of the flow; draw with head="flow"')

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from janusflow.errors import SettingsError
-from janusflow.version import __version__
+from janusflow.version import versions
 
 if TYPE_CHECKING:
     import torch
@@ -127,16 +127,17 @@ _DEFAULTS = {
 def drawing_options(arguments: argparse.Namespace, pipe: JanusFlowPipeline) -> dict[str, Any]:
     """What `--head`, `--guidance` and the head's own options ask of the pipeline.
 
-    Defaults are written back to the arguments, for `resolved_settings`; a warning names options of
-    the other head.
+    Defaults, those of `--preset` first, are written back to the arguments, for `resolved_settings`;
+    a warning names options of the other head.
 
     Raises:
-        SettingsError: If the model does not hold the head.
+        SettingsError: If the model does not hold the head, or there is no such preset for it.
     """
     from janusflow.flow.guidance import Guidance
 
     head = arguments.head = pipe.pick_head(arguments.head)
-    defaults = {**_DEFAULTS, **pipe.model.config.drawing_defaults_of(head)}
+    preset = _preset(arguments.preset, head)
+    defaults = {**_DEFAULTS, **pipe.model.config.drawing_defaults_of(head), **preset}
     options: dict[str, Any] = {"head": head}
     for owner, names in _OPTIONS.items():
         for keyword, name in {"guidance_scale": "guidance", **names}.items():
@@ -154,14 +155,22 @@ def drawing_options(arguments: argparse.Namespace, pipe: JanusFlowPipeline) -> d
     return options
 
 
+def _preset(name: str | None, head: str) -> dict[str, Any]:
+    from janusflow.flow.presets import PRESETS
+
+    if name is None:
+        return {}
+    if name not in PRESETS:
+        raise SettingsError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    if head != "flow":
+        raise SettingsError(f"the preset {name!r} is of the flow head; draw with --head flow")
+    return PRESETS[name]
+
+
 def resolved_settings(
     arguments: argparse.Namespace, pipe: JanusFlowPipeline, **more: Any
 ) -> dict[str, Any]:
     """What makes a result again: arguments, device, dtype, the model's hash and versions."""
-    import diffusers
-    import torch
-    import transformers
-
     from janusflow.models.checkpoints import resolve_model_folder, weights_hash
 
     skipped = ("module", "takes_overrides", "prompts", "output", "grid", "json", "sheet")
@@ -176,10 +185,5 @@ def resolved_settings(
         "dtype": str(pipe.model.dtype).removeprefix("torch."),
         **more,
         "weights": weights_hash(resolve_model_folder(arguments.model)),
-        "versions": {
-            "janusflow": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "diffusers": diffusers.__version__,
-        },
+        "versions": versions(),
     }

@@ -35,26 +35,32 @@ def run(arguments: argparse.Namespace) -> None:
     for file in {*files, output}:
         check_writable(file)
 
+    from janusflow.flow.edit_methods import make_edit
     from janusflow.flow.solvers import make_solver
 
     if arguments.solver is not None:
         make_solver(arguments.solver)
-    edit = {
-        name: value
-        for name in ("image", "strength", "mask_image")
-        if (value := getattr(arguments, name)) is not None
-    }
+    if arguments.edit is not None:
+        make_edit(arguments.edit)
     pipe = load_pipeline(arguments)
     result = pipe(
         arguments.prompts,
         negative_prompt=arguments.negative,
         num_images_per_prompt=arguments.num_images,
         seed=arguments.seed,
-        **edit,
+        image=arguments.image,
+        edit=arguments.edit,
+        source_prompt=arguments.source_prompt,
+        strength=arguments.strength,
+        mask_image=arguments.mask_image,
         **drawing_options(arguments, pipe),
     )
     settings = resolved_settings(
-        arguments, pipe, nfe=result.nfe, num_forward_passes=result.num_forward_passes
+        arguments,
+        pipe,
+        **_edit_settings(arguments),
+        nfe=result.nfe,
+        num_forward_passes=result.num_forward_passes,
     )
     written = []
     assert result.seeds is not None
@@ -70,6 +76,21 @@ def run(arguments: argparse.Namespace) -> None:
         _save(sheet, output, {"prompts": arguments.prompts, **settings})
         written.append(output)
     print(*written, sep="\n")
+
+
+def _edit_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How a picture was edited, settings that were not given included."""
+    if arguments.image is None:
+        return {}
+    from janusflow.flow.edit_methods import make_edit
+
+    method = make_edit(arguments.edit or "sdedit")
+    settings: dict[str, Any] = {"edit": arguments.edit or "sdedit", "edit_settings": vars(method)}
+    if arguments.strength is None:
+        settings["strength"] = method.default_strength
+    if method.takes_source:
+        settings["source_prompt"] = arguments.source_prompt or ""
+    return settings
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:

@@ -5,10 +5,14 @@ Features of different hashes are never compared. Axes: N pictures, d features.
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +20,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from janusflow.errors import SettingsError
+
+if TYPE_CHECKING:
+    from janusflow.pipeline import JanusFlowPipeline
 
 _AT_ONCE = 32
 
@@ -91,9 +98,7 @@ def _bicubic(picture: Tensor, side: int) -> Tensor:
 
 
 def _clip(name: str, folder: Path) -> FeatureExtractor:
-    from transformers import CLIPModel
-
-    network = CLIPModel.from_pretrained(folder, use_safetensors=True).eval()
+    network = _load_clip(folder)
     side = network.config.vision_config.image_size
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
@@ -108,6 +113,106 @@ def _clip(name: str, folder: Path) -> FeatureExtractor:
         return torch.cat(parts).numpy()
 
     return FeatureExtractor(name, _hash(*sorted(folder.glob("*.safetensors"))), extract)
+
+
+@dataclass(frozen=True)
+class ClipScorer:
+    """Judges how well pictures fit texts.
+
+    Attributes:
+        hash: Of the weights.
+        score: `max(100 cos, 0)` of the features (arXiv 2104.08718), float32 (N,), of RGB pictures
+            in [0, 1], float32 (N, 3, H, W), and N texts.
+    """
+
+    hash: str
+    score: Callable[[Tensor, Sequence[str]], np.ndarray]
+
+
+def clip_scorer(where: str) -> ClipScorer:
+    """A scorer by its weights; pictures and texts are prepared as the folder says.
+
+    Args:
+        where: Folder of a CLIP model of transformers, with its tokenizer and image processor.
+
+    Raises:
+        SettingsError: If it is not there, or something is missing in it.
+    """
+    from transformers import CLIPImageProcessorPil, CLIPTokenizer
+
+    folder = _existing(where)
+    network = _load_clip(folder)
+    try:
+        prepare = CLIPImageProcessorPil.from_pretrained(folder)
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise SettingsError(_not_clip(folder, error)) from error
+    longest = network.config.text_config.max_position_embeddings
+
+    @cache
+    def feature_of(text: str) -> Tensor:
+        ids = tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")
+        return nn.functional.normalize(network.get_text_features(**ids).pooler_output, dim=-1)
+
+    @torch.no_grad()
+    def score(pictures: Tensor, texts: Sequence[str]) -> np.ndarray:
+        parts = []
+        for part in pictures.split(_AT_ONCE):
+            pixels = prepare(_as_pil(part), return_tensors="pt")
+            parts.append(network.get_image_features(**pixels).pooler_output)
+        seen = nn.functional.normalize(torch.cat(parts), dim=-1)
+        read = torch.cat([feature_of(text) for text in texts])
+        return (100 * (seen * read).sum(-1)).clamp(min=0).numpy()
+
+    return ClipScorer(_hash(*sorted(folder.glob("*.safetensors"))), score)
+
+
+def tower_extractor(pipe: JanusFlowPipeline) -> FeatureExtractor:
+    """Features by a model's own vision tower: the mean over patches of its last states, in float32.
+
+    They say nothing about the flow head beside another: its training pulls towards them (REPA).
+    """
+    tower = copy.deepcopy(pipe.model.vision_model).float()
+    # The model's way of looking at pictures, up to the aligner.
+    eyes: Any = SimpleNamespace(config=pipe.model.config, vision_model=tower, aligner=nn.Identity())
+
+    @torch.no_grad()
+    def extract(pictures: Tensor) -> np.ndarray:
+        parts = []
+        for part in pictures.split(_AT_ONCE):
+            pixels = pipe.processor.image_processor(_as_pil(part)).to(pipe.device)
+            parts.append(type(pipe.model).get_image_features(eyes, pixels).mean(1).cpu())
+        return torch.cat(parts).numpy()
+
+    return FeatureExtractor("own vision tower", module_hash(tower), extract)
+
+
+def module_hash(module: nn.Module) -> str:
+    """SHA-256 of a module's weights and buffers: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _as_pil(pictures: Tensor) -> list[Image.Image]:
+    channels_last = (255 * pictures).round().byte().permute(0, 2, 3, 1)
+    return [Image.fromarray(picture) for picture in channels_last.numpy()]
+
+
+def _load_clip(folder: Path) -> Any:
+    from transformers import CLIPModel
+
+    try:
+        return CLIPModel.from_pretrained(folder, use_safetensors=True).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SettingsError(_not_clip(folder, error)) from error
+
+
+def _not_clip(folder: Path, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    return f"{folder} holds no CLIP model of transformers with safetensors: {reason}"
 
 
 def _hash(*files: Path) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,6 +29,7 @@ from janusflow.errors import SettingsError
 from janusflow.evaluation.features import FeatureExtractor, feature_extractor
 from janusflow.evaluation.metrics import bootstrap, frechet_distance, psnr, ssim
 from janusflow.evaluation.shapes_scorer import fulfils
+from janusflow.experiments.pictures import as_tensor, picture_files, read_square
 from janusflow.experiments.prompts import SHAPES, PromptSettings, load_prompts
 from janusflow.experiments.units import Arrays, Units
 from janusflow.flow.guidance import check_guidance_scale
@@ -38,8 +39,7 @@ from janusflow.models.autoencoder import decode
 from janusflow.models.checkpoints import describe, model_folder, resolve_model_folder
 from janusflow.models.token_sampling import token_choice
 from janusflow.pipeline import JanusFlowPipeline
-from janusflow.processing.images import load_image
-from janusflow.version import __version__
+from janusflow.version import versions
 
 Row = dict[str, Any]
 
@@ -215,7 +215,7 @@ def compare(settings: CompareSettings, folder: Path, *, progress: bool = False) 
                 head: describe(getattr(settings, f"{head}_model")).weights_hash for head in pipes
             },
             "feature_hash": extractor.hash,
-            "versions": {"janusflow": __version__, "torch": torch.__version__.split("+")[0]},
+            "versions": versions(),
         },
     )
     work = _Work(settings, units, pipes, prompts, requests, extractor, sizes["flow"])
@@ -302,20 +302,9 @@ def _pictures(settings: PictureSettings, size: int, start: int, stop: int) -> Te
             for index in range(start, stop)
         ]
     else:
-        files = _picture_files(settings.source)[start:stop]
-        square = (size, size)
-        pictures = [ImageOps.fit(load_image(f), square, Image.Resampling.LANCZOS) for f in files]
-    stacked = np.stack([np.asarray(picture) for picture in pictures])
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
-
-
-def _picture_files(source: str) -> list[Path]:
-    folder = Path(source).expanduser()
-    known = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in known)
-    if len(files) < 2:
-        raise SettingsError(f"pictures.source is {source!r}: a folder with at least 2 pictures")
-    return files
+        files = picture_files(settings.source, "pictures.source")[start:stop]
+        pictures = [read_square(file, size) for file in files]
+    return as_tensor(pictures)
 
 
 class _Work:
@@ -349,7 +338,7 @@ class _Work:
         """Pictures, what both autoencoders make of them, and measures of that."""
         num = self.settings.pictures.num
         if self.settings.pictures.source != SHAPES:
-            num = min(num, len(_picture_files(self.settings.pictures.source)))
+            num = min(num, len(picture_files(self.settings.pictures.source, "pictures.source")))
         parts = []
         for start, stop in self.chunks(num):
             parts.append(

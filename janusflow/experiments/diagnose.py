@@ -12,10 +12,8 @@ from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -40,7 +38,7 @@ from janusflow.models.folders import resolve_model_folder
 from janusflow.models.guided_field import GuidedField
 from janusflow.pipeline import JanusFlowPipeline
 from janusflow.requests import check_count
-from janusflow.version import __version__
+from janusflow.version import versions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -216,12 +214,7 @@ def _diagnose(
         "seeds": bench.seeds,
         "settings": asdict(settings),
         "weights": weights_hash(resolve_model_folder(settings.model)),
-        "versions": {
-            "janusflow": __version__,
-            "torch": torch.__version__.split("+")[0],
-            "transformers": transformers.__version__,
-            "diffusers": diffusers.__version__,
-        },
+        "versions": versions(),
     }
     return Diagnosis(
         pd.DataFrame(path.rows()),

@@ -35,7 +35,7 @@ class Figure:
 
 
 def load_pyplot() -> Any:
-    """`matplotlib.pyplot`, drawing into files.
+    """`matplotlib.pyplot`, drawing into files where no other backend was chosen before.
 
     Raises:
         SettingsError: If matplotlib is not installed.
@@ -44,7 +44,8 @@ def load_pyplot() -> Any:
         import matplotlib
     except ImportError as error:
         raise SettingsError("figures need matplotlib: pip install 'janusflow[eval]'") from error
-    matplotlib.use("Agg")
+    if matplotlib.get_backend(auto_select=False) is None:
+        matplotlib.use("Agg")  # the others may need a display
     from matplotlib import pyplot
 
     return pyplot

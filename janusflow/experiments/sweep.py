@@ -15,16 +15,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -34,16 +32,26 @@ from tqdm.auto import tqdm
 
 from janusflow.data.shapes.language import Request
 from janusflow.errors import SettingsError
+from janusflow.evaluation.features import module_hash
 from janusflow.experiments.prompts import SHAPES, load_prompts
-from janusflow.experiments.sweep_design import Cell, SweepSettings, cells
+from janusflow.experiments.sweep_design import Cell, cells, drawing_defaults
 from janusflow.experiments.sweep_metrics import Drawn, Metric, find_metrics
-from janusflow.experiments.sweep_plan import Piece, plan
+from janusflow.experiments.sweep_plan import Piece, pieces_of_cells, plan
+from janusflow.experiments.sweep_sets import (
+    Features,
+    SetMetric,
+    TruePictures,
+    find_set_metrics,
+    true_pictures,
+)
+from janusflow.experiments.sweep_settings import SweepSettings
 from janusflow.experiments.units import Arrays, Units
 from janusflow.files import atomic_path
+from janusflow.models.autoencoder import SDXL_VAE, load_autoencoder
 from janusflow.models.conversion import weights_hash
 from janusflow.models.folders import resolve_model_folder
 from janusflow.pipeline import JanusFlowOutput, JanusFlowPipeline
-from janusflow.version import __version__
+from janusflow.version import versions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,12 +80,14 @@ class SweepResult:
 
     Attributes:
         table: One row a picture and cell.
+        cells: One row a cell.
         summary: One row a way of drawing, the seeds taken together.
         report: The page.
         seconds: Of this run.
     """
 
     table: pd.DataFrame
+    cells: pd.DataFrame
     summary: pd.DataFrame
     report: Path
     seconds: Seconds
@@ -103,11 +113,19 @@ def sweep(settings: SweepSettings, folder: Path, *, progress: bool = False) -> S
     _check_libraries()
     found = cells(settings)
     prompts, requests = load_prompts(settings.prompts)
-    metrics = find_metrics(settings.metrics, of_shapes=settings.prompts.source == SHAPES)
+    metrics = find_metrics(
+        settings.metrics,
+        of_shapes=settings.prompts.source == SHAPES,
+        sources=settings.metrics_from,
+    )
+    sets = find_set_metrics(settings, len(prompts) * settings.images_per_prompt)
+    true = true_pictures(settings, requests) if sets else None
+    depends = _resolved(settings, prompts, [*metrics, *sets], true)
     # A process that has little left to do may wait for long.
     state = PartialState(cpu=settings.device == "cpu", timeout=timedelta(days=30))
-    with _one_run(folder, settings, _resolved(settings, prompts, metrics), state) as units:
-        run = _Run(settings, folder, units, prompts, requests, metrics, state)
+    with _one_run(folder, settings, depends, state) as units:
+        features = Features(units, sets, true)
+        run = _Run(settings, folder, units, prompts, requests, metrics, features, state)
         began = time.perf_counter()
         pieces = plan(
             found,
@@ -120,14 +138,24 @@ def sweep(settings: SweepSettings, folder: Path, *, progress: bool = False) -> S
         if not state.is_main_process:
             return None
         from janusflow.experiments.sweep_report import write_report
-        from janusflow.experiments.sweep_table import picture_table, summarize, write_tables
+        from janusflow.experiments.sweep_table import (
+            CELL,
+            WAY,
+            picture_table,
+            summarize,
+            write_tables,
+        )
 
         table = picture_table(found, pieces, units, prompts, requests, settings.images_per_prompt)
-        summary = summarize(table, [metric.name for metric in metrics])
-        write_tables(folder / "tables", table, summary)
-        report = write_report(folder, settings, table, summary, metrics)
+        names = [metric.name for metric in metrics]
+        of_sets = partial(features.values, pieces_of_cells(pieces))
+        by_cell, summary = (summarize(table, names, keys, of_sets) for keys in (CELL, WAY))
+        write_tables(folder / "tables", {"pictures": table, "cells": by_cell, "settings": summary})
+        heads = [cell.head for cell in found]
+        measures = [*metrics, *(m for metric in sets for m in metric.measures(heads))]
+        report = write_report(folder, settings, table, summary, measures)
         run.seconds.wall = time.perf_counter() - began
-        return SweepResult(table, summary, report, run.seconds)
+        return SweepResult(table, by_cell, summary, report, run.seconds)
 
 
 class _Run:
@@ -141,6 +169,7 @@ class _Run:
         prompts: list[str],
         requests: Sequence[Request] | None,
         metrics: Sequence[Metric],
+        features: Features,
         state: PartialState,
     ) -> None:
         self.settings = settings
@@ -149,6 +178,7 @@ class _Run:
         self.prompts = prompts
         self.requests = requests
         self.metrics = metrics
+        self.features = features
         self.state = state
         self.seconds = Seconds()
         self._pipe: JanusFlowPipeline | None = None
@@ -214,6 +244,7 @@ class _Run:
             "num_forward_passes": out.num_forward_passes,
             "seconds": seconds / len(pixels),
             "metrics": {metric.name: list(metric.measure(drawn)) for metric in self.metrics},
+            "true": self.features.keep(piece, pixels),
             "images": [_keep(self.images, picture) for picture in pixels],
         }
 
@@ -250,11 +281,11 @@ class _Run:
             self._pipe = self._prepared = self._prepared_key = None  # one model at a time
             began = time.perf_counter()
             self._pipe = self._load(cell)
+            self.features.use(self._pipe)
             self._pipe_key = (cell.model, cell.dtype)
             self.seconds.loading += time.perf_counter() - began
         assert self._pipe is not None
         if self._prepared_key != (cell.head, piece.start):
-            self._pipe.model.require_head(cell.head)
             began = time.perf_counter()
             self._prepared = self._pipe.encode_prompts(
                 self.prompts[piece.start : piece.stop], head=cell.head
@@ -310,22 +341,35 @@ def _one_run(
         lock.release()
 
 
-def _resolved(settings: SweepSettings, prompts: Sequence[str], metrics: Sequence[Metric]) -> Row:
-    """All that the results depend on."""
+def _resolved(
+    settings: SweepSettings,
+    prompts: Sequence[str],
+    metrics: Sequence[Metric | SetMetric],
+    true: TruePictures | None,
+) -> Row:
+    """All that the results depend on; every head is found to be there."""
+    models, heads = settings.axes.model, settings.axes.head
     return {
         **asdict(settings),
+        "drawing_defaults": {m: {h: drawing_defaults(m, h) for h in heads} for m in models},
         "prompts_hash": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-        "weights": {
-            model: weights_hash(resolve_model_folder(model)) for model in settings.axes.model
-        },
+        "weights": {model: weights_hash(resolve_model_folder(model)) for model in models},
+        "autoencoders": _autoencoders(settings) if "flow" in heads else {},
         "metric_sources": {metric.name: metric.source for metric in metrics if metric.source},
-        "versions": {
-            "janusflow": __version__,
-            "torch": torch.__version__.split("+")[0],
-            "transformers": transformers.__version__,
-            "diffusers": diffusers.__version__,
-        },
+        "true_pictures": None if true is None else true.sha256(),
+        "versions": versions(),
     }
+
+
+def _autoencoders(settings: SweepSettings) -> dict[str, str]:
+    """Hashes of the autoencoders' weights, by model."""
+    hash_of = cache(lambda where: module_hash(load_autoencoder(where)))
+    found = {}
+    for model in settings.axes.model:
+        own = resolve_model_folder(model) / "vae"
+        default = own if own.is_dir() else SDXL_VAE
+        found[model] = hash_of(default if settings.vae == "default" else settings.vae)
+    return found
 
 
 def _prepare(folder: Path, settings: SweepSettings) -> None:

@@ -1,7 +1,7 @@
-"""What a sweep draws: its settings, and the cells of a grid or random design.
+"""What a sweep draws: the cells of a grid or random design.
 
 A cell is one way of drawing, a setting that has no effect in it being None: cells that cannot
-differ are one. Knows no model.
+differ are one. Of models, configs alone are read, and those where a setting is the model's own.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, cached_property
 from itertools import product
 from typing import Any
 
@@ -18,93 +19,25 @@ import numpy as np
 import torch
 
 from janusflow.errors import SettingsError
-from janusflow.experiments.prompts import PromptSettings
+from janusflow.experiments.sweep_settings import (
+    DTYPES,
+    Axes,
+    RandomSettings,
+    ReferenceSettings,
+    SweepSettings,
+)
 from janusflow.flow.guidance import Guidance, check_guidance_scale
-from janusflow.flow.solvers import make_solver
+from janusflow.flow.solvers import make_solver, solve
 from janusflow.flow.timesteps import time_grid
 from janusflow.models.configuration import DRAWING_DEFAULTS
+from janusflow.models.folders import resolve_model_folder
+from janusflow.models.layouts import load_config, model_folder
 from janusflow.models.token_sampling import token_choice
 
-_DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Axes:
-    """Values of each setting; a grid has all their combinations."""
-
-    model: list[str] = field(default_factory=lambda: ["tiny"])
-    """Checkpoints: folders, hub ids or "tiny"."""
-    dtype: list[str] = field(default_factory=lambda: ["float32"])
-    head: list[str] = field(default_factory=lambda: ["flow"])
-    num_inference_steps: list[int] = field(default_factory=lambda: [30])
-    nfe: list[int] | None = None
-    """Evaluations, instead of `num_inference_steps`: each solver takes the steps that need so many,
-    and is left out where that is no whole number."""
-    guidance_scale: list[float | None] = field(default_factory=lambda: [None])
-    """1.0 = off; null for the head's published weight."""
-    guidance_interval: list[list[float]] = field(default_factory=lambda: [[0.0, 1.0]])
-    """First and last time with guidance, 0 = noise and 1 = image."""
-    guidance_method: list[str] = field(default_factory=lambda: ["cfg"])
-    guidance_rescale: list[float] = field(default_factory=lambda: [0.0])
-    solver: list[str] = field(default_factory=lambda: ["euler"])
-    shift: list[float] = field(default_factory=lambda: [1.0])
-    temperature: list[float] = field(default_factory=lambda: [1.0])
-    """Of the VQ head."""
-    seed: list[int] = field(default_factory=lambda: [0])
-    """Picture i has the noise of seed + i in every cell of a seed; for noise that is nowhere the
-    same, keep seeds as far apart as there are pictures."""
-
-
-@dataclass(frozen=True)
-class RandomSettings:
-    """Of the design "random": an axis not named here is drawn from its values."""
-
-    num_cells: int = 50
-    seed: int = 0
-    uniform: dict[str, list[float]] = field(default_factory=dict)
-    """Least and greatest value by axis."""
-    log_uniform: dict[str, list[float]] = field(default_factory=dict)
-    """The same, for values whose ratios count."""
-
-
-@dataclass(frozen=True)
-class ReferenceSettings:
-    """The fine solution that `error` and `psnr` compare with: same prompt, noise and guidance."""
-
-    solver: str = "midpoint"
-    num_inference_steps: int = 100
-    dtype: str = "float32"
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """A sweep."""
-
-    design: str = "grid"
-    """"grid" or "random"."""
-    axes: Axes = field(default_factory=Axes)
-    random: RandomSettings = field(default_factory=RandomSettings)
-    prompts: PromptSettings = field(default_factory=lambda: PromptSettings(num=20))
-    images_per_prompt: int = 1
-    reference: ReferenceSettings = field(default_factory=ReferenceSettings)
-    metrics: list[str] = field(default_factory=lambda: ["shapes", "error", "psnr"])
-    """See `janusflow.experiments.sweep_metrics`."""
-    vae: str = "default"
-    """Autoencoder of all models; see `JanusFlowPipeline.from_pretrained`."""
-    batch_size: int = 20
-    """Pictures at once; part of the settings, since rounding may depend on it."""
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.design not in ("grid", "random"):
-            raise SettingsError(f"design is {self.design!r}; expected 'grid' or 'random'")
-        for name in ("images_per_prompt", "batch_size"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is at least 1, not {getattr(self, name)}")
-        if self.prompts.num < 1 or self.random.num_cells < 1:
-            raise SettingsError("prompts.num and random.num_cells are at least 1")
-        if self.reference.dtype not in _DTYPES:
-            raise SettingsError(f"reference.dtype is one of {', '.join(_DTYPES)}")
+_NUMBERS = ("guidance_scale", "guidance_rescale", "shift", "rtol", "temperature", "top_p")
+_WHOLE_NUMBERS = ("num_inference_steps", "zero_init_steps", "top_k")
+DefaultsOf = Callable[[str, str], dict[str, Any]]
+"""What a model draws with, by head, where nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +52,16 @@ class Cell:
     guidance_interval: tuple[float, float] | None
     guidance_method: str | None
     guidance_rescale: float | None
+    zero_init_steps: int | None
     solver: str | None
     shift: float | None
+    rtol: float | None
     temperature: float | None
+    top_k: int | None
+    top_p: float | None
     seed: int
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Of the settings and nothing else."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
@@ -136,6 +73,8 @@ class Cell:
                 "head": self.head,
                 "guidance_scale": self.guidance_scale,
                 "temperature": self.temperature,
+                "top_k": self.top_k,
+                "top_p": self.top_p,
             }
         return {
             "head": self.head,
@@ -143,12 +82,15 @@ class Cell:
             "num_inference_steps": self.num_inference_steps,
             "solver": self.solver,
             "shift": self.shift,
+            "rtol": self.rtol,
+            "atol": self.rtol,
         }
 
     def guidance(self) -> Guidance:
         """Of the flow head."""
+        assert self.zero_init_steps is not None
         if self.guidance_scale == 1.0:
-            return Guidance(1.0)
+            return Guidance(1.0, zero_init_steps=self.zero_init_steps)
         assert self.guidance_interval is not None
         assert self.guidance_method is not None
         assert self.guidance_rescale is not None
@@ -156,6 +98,7 @@ class Cell:
             scale=self.guidance_scale,
             interval=self.guidance_interval,
             method=self.guidance_method,
+            zero_init_steps=self.zero_init_steps,
             rescale=self.guidance_rescale,
         )
 
@@ -163,7 +106,14 @@ class Cell:
         """The fine solution of the same equation; None for the VQ head, which has none."""
         if self.head != "flow":
             return None
-        return replace(self, **asdict(settings), shift=1.0)
+        fine = make_solver(settings.solver)
+        return replace(
+            self,
+            **asdict(settings),
+            zero_init_steps=0,
+            shift=1.0,
+            rtol=fine.rtol if fine.adaptive else None,
+        )
 
     def check(self) -> None:
         """Refuses what the pipeline would refuse in the middle of the work.
@@ -171,22 +121,29 @@ class Cell:
         Raises:
             SettingsError: Naming the setting.
         """
-        if self.dtype not in _DTYPES:
-            raise SettingsError(f"dtype is {self.dtype!r}; expected {', '.join(_DTYPES)}")
-        if self.head not in DRAWING_DEFAULTS:
-            raise SettingsError(f"head is {self.head!r}; expected 'flow' or 'vq'")
+        if self.dtype not in DTYPES:
+            raise SettingsError(f"dtype is {self.dtype!r}; expected {', '.join(DTYPES)}")
         if self.seed < 0:
             raise SettingsError(f"seed is at least 0, not {self.seed}")
         if self.head == "vq":
             check_guidance_scale(self.guidance_scale)
             assert self.temperature is not None
-            token_choice(self.temperature, None, None, torch.Generator(), 1)
+            token_choice(self.temperature, self.top_k, self.top_p, torch.Generator(), 1)
             return
         assert self.solver is not None
         assert self.num_inference_steps is not None
         assert self.shift is not None
         make_solver(self.solver).grid(time_grid(self.num_inference_steps, shift=self.shift))
         self.guidance()
+        if self.rtol is not None:  # solving what stands still checks the tolerances
+            solve(
+                lambda x, t: torch.zeros_like(x),
+                torch.zeros(1, 1),
+                [0.0, 1.0],
+                solver=self.solver,
+                rtol=self.rtol,
+                atol=self.rtol,
+            )
 
 
 def cells(settings: SweepSettings) -> list[Cell]:
@@ -195,13 +152,14 @@ def cells(settings: SweepSettings) -> list[Cell]:
     Raises:
         SettingsError: If an axis has no value, a value cannot be had, or there are fewer different
             cells than a random design asks for.
+        CheckpointError: If the config of a model is asked for what it draws with, and not there.
     """
-    values = _values(settings.axes)
+    values, defaults = _values(settings.axes), cache(drawing_defaults)
     if settings.design == "grid":
-        combinations = (dict(zip(values, row, strict=True)) for row in product(*values.values()))
-        found = list(dict.fromkeys(cell for row in combinations if (cell := _cell(**row))))
+        rows = (dict(zip(values, row, strict=True)) for row in product(*values.values()))
+        found = list(dict.fromkeys(cell for row in rows if (cell := _cell(defaults, **row))))
     else:
-        found = _drawn(values, settings.random)
+        found = _drawn(values, settings.random, defaults)
     if not found:
         raise SettingsError("axes.nfe goes into whole steps of none of axes.solver")
     for cell in found:
@@ -210,6 +168,20 @@ def cells(settings: SweepSettings) -> list[Cell]:
         if fine is not None:
             fine.check()
     return found
+
+
+def drawing_defaults(model: str, head: str) -> dict[str, Any]:
+    """What a model draws with where nothing else is asked for, by its config.
+
+    Raises:
+        CheckpointError: If there is no such model.
+        SettingsError: If it does not hold the head.
+    """
+    config = load_config(model_folder(resolve_model_folder(model)))
+    if head not in config.generation_heads:
+        held = ", ".join(config.generation_heads) or "none"
+        raise SettingsError(f"{model} has no generation head {head!r}; it holds: {held}")
+    return config.drawing_defaults_of(head)
 
 
 def _values(axes: Axes) -> dict[str, list[Any]]:
@@ -239,6 +211,7 @@ def _steps_of(nfe: int, solver: str) -> int | None:
 
 
 def _cell(
+    defaults: DefaultsOf,
     *,
     model: str,
     dtype: str,
@@ -247,44 +220,63 @@ def _cell(
     guidance_interval: list[float],
     guidance_method: str,
     guidance_rescale: float,
+    zero_init_steps: int,
     solver: str,
     shift: float,
-    temperature: float,
+    rtol: float | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
     seed: int,
     num_inference_steps: int | None = None,
     nfe: int | None = None,
 ) -> Cell | None:
     """A cell without the settings that have no effect; None where `nfe` is no whole steps."""
-    if nfe is not None and head == "flow":
+    if head not in DRAWING_DEFAULTS:
+        raise SettingsError(
+            f"head is {head!r}; expected {' or '.join(map(repr, DRAWING_DEFAULTS))}"
+        )
+
+    def own(name: str, given: Any) -> Any:
+        return defaults(model, head)[name] if given is None else given
+
+    scale = own("guidance_scale", guidance_scale)
+    shared = {"model": model, "dtype": dtype, "head": head, "guidance_scale": scale, "seed": seed}
+    nothing = dict.fromkeys(field.name for field in fields(Cell))
+    if head == "vq":
+        chosen: dict[str, Any] = {"temperature": own("temperature", temperature)}
+        if chosen["temperature"] != 0:
+            chosen |= {"top_k": own("top_k", top_k), "top_p": own("top_p", top_p)}
+        return Cell(**{**nothing, **shared, **chosen})
+    if nfe is not None:
         num_inference_steps = _steps_of(nfe, solver)
         if num_inference_steps is None:
             return None
-    published = DRAWING_DEFAULTS.get(head, {}).get("guidance_scale")
-    scale = published if guidance_scale is None else guidance_scale
-    flow, guided = head == "flow", head == "flow" and scale != 1.0
-    return Cell(
-        model=model,
-        dtype=dtype,
-        head=head,
-        num_inference_steps=num_inference_steps if flow else None,
-        guidance_scale=1.0 if scale is None else scale,
-        guidance_interval=tuple(guidance_interval) if guided else None,  # type: ignore[arg-type]
-        guidance_method=guidance_method if guided else None,
-        guidance_rescale=guidance_rescale if guided else None,
-        solver=solver if flow else None,
-        shift=shift if flow else None,
-        temperature=None if flow else temperature,
-        seed=seed,
-    )
+    stepper, guided = make_solver(solver), scale != 1.0
+    if stepper.adaptive:
+        rtol = stepper.rtol if rtol is None else rtol
+    chosen = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_interval": tuple(guidance_interval) if guided else None,
+        "guidance_method": guidance_method if guided else None,
+        "guidance_rescale": guidance_rescale if guided else None,
+        "zero_init_steps": zero_init_steps,
+        "solver": solver,
+        "shift": shift,
+        "rtol": rtol if stepper.adaptive else None,
+    }
+    return Cell(**{**nothing, **shared, **chosen})
 
 
-def _drawn(values: dict[str, list[Any]], random: RandomSettings) -> list[Cell]:
+def _drawn(
+    values: dict[str, list[Any]], random: RandomSettings, defaults: DefaultsOf
+) -> list[Cell]:
     """Different cells drawn at random."""
     _check_ranges(random, [*values])
     found: dict[Cell, None] = {}
     draws = _draws(values, random)
     for _ in range(100 * random.num_cells):
-        cell = _cell(**next(draws))
+        cell = _cell(defaults, **next(draws))
         if cell is not None:
             found[cell] = None
         if len(found) == random.num_cells:
@@ -296,8 +288,7 @@ def _drawn(values: dict[str, list[Any]], random: RandomSettings) -> list[Cell]:
 
 
 def _check_ranges(random: RandomSettings, axes: Sequence[str]) -> None:
-    numbers = {"num_inference_steps", "guidance_scale", "guidance_rescale", "shift", "temperature"}
-    numbers &= {*axes}
+    numbers = {*_NUMBERS, *_WHOLE_NUMBERS} & {*axes}
     both = {*random.uniform} & {*random.log_uniform}
     if both:
         raise SettingsError(f"random.uniform and random.log_uniform both name {sorted(both)}")
@@ -329,5 +320,5 @@ def _draws(values: dict[str, list[Any]], random: RandomSettings) -> Iterator[dic
             else:
                 drawn[name] = choices[rng.integers(len(choices))]
                 continue
-            drawn[name] = round(value) if name == "num_inference_steps" else float(f"{value:.4g}")
+            drawn[name] = round(value) if name in _WHOLE_NUMBERS else float(f"{value:.4g}")
         yield drawn

@@ -46,6 +46,15 @@ class Piece:
         return depth * (1 if cell.guidance_scale == 1.0 else 2) * (self.stop - self.start)
 
 
+def pieces_of_cells(pieces: Sequence[Piece]) -> dict[str, list[Piece]]:
+    """The pieces of each cell by its id, in the order of the prompts; no references."""
+    found: dict[str, list[Piece]] = {}
+    for piece in sorted(pieces, key=lambda piece: piece.start):
+        if not piece.is_reference:
+            found.setdefault(piece.cell.id, []).append(piece)
+    return found
+
+
 def plan(
     found: Sequence[Cell],
     settings: SweepSettings,

@@ -14,7 +14,7 @@ import pandas as pd
 from PIL import Image
 
 from janusflow.experiments.figures import Figure, finish, line_style, load_pyplot, made, show
-from janusflow.experiments.sweep_metrics import Metric
+from janusflow.experiments.sweep_metrics import Measure
 from janusflow.experiments.sweep_table import error_of_mean, pareto, varied
 from janusflow.flow.diagnostics import fitted_order
 
@@ -29,6 +29,10 @@ _PLANE = (
     "guidance_interval_start",
     "guidance_interval_stop",
     "guidance_rescale",
+    "zero_init_steps",
+    "rtol",
+    "top_k",
+    "top_p",
 )
 """Settings that span heat maps and contact sheets; of those that vary, the first two."""
 _MOST_LINES = 8
@@ -38,14 +42,14 @@ _THUMBNAIL = 128
 
 
 def figures(
-    table: pd.DataFrame, summary: pd.DataFrame, metrics: Sequence[Metric], folder: Path
+    table: pd.DataFrame, summary: pd.DataFrame, metrics: Sequence[Measure], folder: Path
 ) -> Iterator[Figure]:
     """All figures that have something to show.
 
     Args:
         table: One row a picture and cell.
         summary: One row a way of drawing.
-        metrics: Those of the sweep.
+        metrics: Columns of the summary that are shown.
         folder: Of the sweep, where the pictures are.
     """
     pyplot = load_pyplot()
@@ -72,7 +76,7 @@ def plain(name: str) -> str:
     )
 
 
-def _quality(pyplot: Any, summary: pd.DataFrame, metric: Metric, cost: str) -> Iterator[Figure]:
+def _quality(pyplot: Any, summary: pd.DataFrame, metric: Measure, cost: str) -> Iterator[Figure]:
     known = summary[summary[metric.name].notna()].reset_index(drop=True)
     if known[cost].nunique() < 2 or known[metric.name].nunique() < 2:
         return
@@ -85,7 +89,7 @@ def _quality(pyplot: Any, summary: pd.DataFrame, metric: Metric, cost: str) -> I
             axis.errorbar(
                 ordered[cost],
                 ordered[metric.name],
-                2 * ordered[error_of_mean(metric.name)].fillna(0),
+                _errors(ordered, metric.name),
                 label=text,
                 capsize=2,
                 elinewidth=0.7,
@@ -155,7 +159,7 @@ def _order(pyplot: Any, summary: pd.DataFrame) -> Iterator[Figure]:
     yield made(pyplot, figure, "order-of-error", title, f"On log axes: {'; '.join(told)}.")
 
 
-def _heat_map(pyplot: Any, part: pd.DataFrame, metric: Metric, head: str) -> Iterator[Figure]:
+def _heat_map(pyplot: Any, part: pd.DataFrame, metric: Measure, head: str) -> Iterator[Figure]:
     plane = _plane(part)
     known = part[part[metric.name].notna()]
     if plane is None or known[metric.name].nunique() < 2:
@@ -163,7 +167,9 @@ def _heat_map(pyplot: Any, part: pd.DataFrame, metric: Metric, head: str) -> Ite
     across, down = plane
     names = [name for name in varied(known) if name not in plane]
     panels = [
-        (text, _grid(panel, across, down, metric.name)) for text, panel in _lines(known, names)
+        (text, _grid(panel, across, down, metric.name))
+        for text, panel in _lines(known, names)
+        if (panel[[*plane]].nunique() > 1).all()
     ]
     panels = [(text, grid) for text, grid in panels if grid.notna().to_numpy().mean() > 0.5]
     if not panels:
@@ -224,6 +230,8 @@ def _sheets(
     across, down = plane
     names = [name for name in varied(part) if name not in plane]
     text, first = _lines(part, names)[0]
+    if (first[[*plane]].nunique() < 2).any():
+        return
     same = table.merge(first[[*plane, *names]], on=[*plane, *names])
     same = same[same["seed"] == same["seed"].iloc[0]]
     for picture in sorted(same["picture"].unique())[:_MOST_SHEETS]:
@@ -256,7 +264,13 @@ def _sheets(
         )
 
 
-def _better(metric: Metric) -> str:
+def _errors(rows: pd.DataFrame, measure: str) -> pd.Series | None:
+    """Two standard errors; None for a measure of sets, which has no mean."""
+    column = error_of_mean(measure)
+    return 2 * rows[column].fillna(0) if column in rows else None
+
+
+def _better(metric: Measure) -> str:
     return "lower" if metric.lower_is_better else "higher"
 
 

@@ -12,9 +12,9 @@ import yaml
 
 from janusflow.experiments.figures import show
 from janusflow.experiments.page import data_uri, write_page
-from janusflow.experiments.sweep_design import SweepSettings
-from janusflow.experiments.sweep_metrics import Metric
+from janusflow.experiments.sweep_metrics import Measure
 from janusflow.experiments.sweep_plots import figures, plain
+from janusflow.experiments.sweep_settings import SweepSettings
 from janusflow.experiments.sweep_table import COSTS, error_of_mean, pareto, varied
 from janusflow.files import atomic_path
 
@@ -24,6 +24,9 @@ _BODY = """\
 pictures. Means are over pictures and seeds; intervals in figures are two standard errors to either
 side, of pictures taken for independent. The noise of a picture is the same in all cells of a seed,
 so that differences are surer than those intervals.</p>
+{% for note in notes %}
+<p>{{ note }}</p>
+{% endfor %}
 <h2>Figures</h2>
 {% for figure in figures %}
 <figure>
@@ -43,9 +46,9 @@ so that differences are surer than those intervals.</p>
 </tbody>
 </table></div>
 {% endfor %}
-<p>Everything, a row a picture and cell: <code>tables/pictures.parquet</code> and
-<code>.csv</code>; a row a way of drawing: <code>tables/settings.parquet</code> and
-<code>.csv</code>.</p>
+<p>Everything, in <code>tables/</code>, as Parquet and CSV: a row a picture and cell in
+<code>pictures</code>, a row a cell in <code>cells</code>, a row a way of drawing in
+<code>settings</code>.</p>
 <h2>Prompts</h2>
 <ol>{% for prompt in prompts %}<li>{{ prompt }}</li>{% endfor %}</ol>
 <h2>Settings</h2>
@@ -58,7 +61,7 @@ def write_report(
     settings: SweepSettings,
     table: pd.DataFrame,
     summary: pd.DataFrame,
-    metrics: Sequence[Metric],
+    metrics: Sequence[Measure],
 ) -> Path:
     """Writes `figures/*.svg`, `figures/*.png` and `report.html`; gives the page."""
     drawn = list(figures(table, summary, metrics, folder))
@@ -77,6 +80,7 @@ def write_report(
         prompts=list(dict.fromkeys(table["prompt"])),
         figures=drawn,
         addresses={figure.name: data_uri(figure.png) for figure in drawn},
+        notes=[note for note in dict.fromkeys(metric.note for metric in metrics) if note],
         tables=list(_tables(summary, metrics)),
         settings=yaml.safe_dump(asdict(settings), sort_keys=False),
     )
@@ -84,7 +88,7 @@ def write_report(
 
 
 def _tables(
-    summary: pd.DataFrame, metrics: Sequence[Metric]
+    summary: pd.DataFrame, metrics: Sequence[Measure]
 ) -> list[tuple[str, list[str], list[list[str]]]]:
     """Captions, names of columns and rows: the best for every cost, then all."""
     names = varied(summary)
@@ -94,7 +98,7 @@ def _tables(
         front = summary.iloc[
             pareto(summary["nfe"], summary[metric.name], lower_is_better=metric.lower_is_better)
         ]
-        columns = ["nfe", metric.name, error_of_mean(metric.name), *names]
+        columns = ["nfe", metric.name, *_others(summary, metric.name), *names]
         caption = f"No way of drawing is better by {metric.name} with as few evaluations"
         found.append(_shown(caption, front, columns))
     shown = summary.head(_MOST_ROWS)
@@ -103,6 +107,11 @@ def _tables(
         caption = f"The first {len(shown)} of {len(summary)} ways of drawing; – where a setting has"
         caption += " no effect"
     return [*found, _shown(caption, shown, [*names, *COSTS, *measures])]
+
+
+def _others(summary: pd.DataFrame, measure: str) -> list[str]:
+    """Columns beside a measure: its standard error, or whether it or its twin is biased."""
+    return [n for n in (error_of_mean(measure), f"{measure}_biased") if n in summary]
 
 
 def _shown(

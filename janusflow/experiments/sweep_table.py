@@ -1,11 +1,11 @@
-"""Tables of a sweep: one row a picture and cell, and one row a way of drawing.
+"""Tables of a sweep: one row a picture and cell, one row a cell, and one row a way of drawing.
 
 A setting that has no effect is empty. Of the columns, `seconds` alone differs from run to run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,13 @@ SETTINGS = [
     for part in ((f"{name}_start", f"{name}_stop") if name == "guidance_interval" else (name,))
 ]
 """Columns of a cell's settings."""
+WAY = [name for name in SETTINGS if name != "seed"]
+"""What makes a row of the summary."""
+CELL = ["cell", *SETTINGS]
+"""What makes a row of the table of cells."""
 COSTS = ["nfe", "num_forward_passes", "seconds"]
 _TYPES = {
-    "num_inference_steps": "Int64",
+    **dict.fromkeys(("num_inference_steps", "zero_init_steps", "top_k"), "Int64"),
     "guidance_method": "string",
     "solver": "string",
     **dict.fromkeys(
@@ -36,7 +40,9 @@ _TYPES = {
             "guidance_interval_stop",
             "guidance_rescale",
             "shift",
+            "rtol",
             "temperature",
+            "top_p",
         ),
         "float64",
     ),
@@ -93,14 +99,24 @@ def _columns(cell: Cell) -> dict[str, Any]:
     return {name: values[name] for name in SETTINGS}
 
 
-def summarize(table: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
-    """One row a way of drawing, all its seeds and pictures together.
+def summarize(
+    table: pd.DataFrame,
+    measures: Sequence[str],
+    keys: Sequence[str] = WAY,
+    of_sets: Callable[[Sequence[str]], dict[str, Any]] | None = None,
+) -> pd.DataFrame:
+    """One row a way of drawing, all its seeds and pictures together, or one row a cell.
 
     A measure's mean has its name, its standard error `…_error_of_mean`, pictures being taken for
     independent. Costs are those of a picture: means, of seconds the median.
+
+    Args:
+        table: One row a picture and cell.
+        measures: Names of those of single pictures.
+        keys: `WAY`, or `CELL`.
+        of_sets: Measures of all pictures of some cells, given by their ids.
     """
-    keys = [name for name in SETTINGS if name != "seed"]
-    groups = table.groupby(keys, dropna=False, sort=False)
+    groups = table.groupby([*keys], dropna=False, sort=False)
     columns: dict[str, Any] = {
         "pictures": groups.size(),
         "nfe": groups["nfe"].mean(),
@@ -110,7 +126,11 @@ def summarize(table: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
     for name in measures:
         columns[name] = groups[name].mean()
         columns[error_of_mean(name)] = groups[name].sem()
-    return pd.DataFrame(columns).reset_index()
+    found = pd.DataFrame(columns).reset_index()
+    if of_sets is None:
+        return found
+    rows = [of_sets(tuple(cells)) for cells in groups["cell"].unique()]
+    return pd.concat([found, pd.DataFrame(rows)], axis=1)
 
 
 def error_of_mean(measure: str) -> str:
@@ -134,9 +154,9 @@ def pareto(costs: Iterable[float], values: Iterable[float], *, lower_is_better: 
     return front
 
 
-def write_tables(folder: Path, table: pd.DataFrame, summary: pd.DataFrame) -> None:
-    """Writes both, as Parquet and CSV."""
-    for name, frame in (("pictures", table), ("settings", summary)):
+def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:
+    """Writes tables by their names, as Parquet and CSV."""
+    for name, frame in tables.items():
         with atomic_path(folder / f"{name}.parquet") as scratch:
             frame.to_parquet(scratch, index=False)
         with atomic_path(folder / f"{name}.csv") as scratch:

@@ -60,7 +60,11 @@ class Units:
             made = {key: np.ascontiguousarray(value) for key, value in compute().items()}
             with atomic_path(file) as scratch:
                 save_file(made, scratch)
-        return load_file(file)
+        return self.read_arrays(name)
+
+    def read_arrays(self, name: str) -> Arrays:
+        """Arrays of the unit `name`, which is there."""
+        return load_file(self._units / f"{name}.safetensors")
 
     def values(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """JSON values of the unit `name`, computed if they are not there yet."""

@@ -157,8 +157,7 @@ def flow_edit(
         SettingsError: If n_avg is below 1, the generators are not one a picture, or `check_times`
             refuses the times.
     """
-    if isinstance(n_avg, bool) or not isinstance(n_avg, int) or n_avg < 1:
-        raise SettingsError(f"n_avg must be a whole number of at least 1, got {n_avg!r}")
+    check_n_avg(n_avg)
     times = check_times(times)
     batch, channels, height, width = x_img.shape
     x = x_img
@@ -185,6 +184,8 @@ def invert(
     noise: Tensor,
     gamma: float = 0.5,
     solver: str = "euler",
+    rtol: float | None = None,
+    atol: float | None = None,
     on_step: StepCallback | None = None,
 ) -> ODESolution:
     """The noise that a picture comes from, by controlled inversion (arXiv 2410.10792).
@@ -200,6 +201,8 @@ def invert(
         noise: Typical noise of the same shape, towards which the inversion is drawn.
         gamma: In [0, 1]: 0 is the flow alone, 1 ends at `noise`.
         solver: As in `solve`; with gamma above 0 not one that evaluates at t = 0.
+        rtol: Of an adaptive solver.
+        atol: As `rtol`.
         on_step: Called after every step with (index, 1 - t, state).
 
     Returns:
@@ -208,7 +211,7 @@ def invert(
     Raises:
         SettingsError: If gamma is out of its range, the shapes differ, or the solver does not fit.
     """
-    _check_share("gamma", gamma)
+    check_share("gamma", gamma)
     _check_alike("noise", noise, x_img)
 
     def backward(x: Tensor, tau: Tensor) -> Tensor:
@@ -223,7 +226,8 @@ def invert(
             )
         return drift + gamma * ((noise - x) / t - drift)
 
-    return solve(backward, x_img, 1 - check_times(times).flip(0), solver=solver, on_step=on_step)
+    back = 1 - check_times(times).flip(0)
+    return solve(backward, x_img, back, solver=solver, rtol=rtol, atol=atol, on_step=on_step)
 
 
 def regenerate(
@@ -235,6 +239,8 @@ def regenerate(
     eta: float = 0.9,
     stop: float = 0.25,
     solver: str = "euler",
+    rtol: float | None = None,
+    atol: float | None = None,
     on_step: StepCallback | None = None,
 ) -> ODESolution:
     """Samples from inverted noise, first held near the picture it came from (arXiv 2410.10792).
@@ -250,13 +256,15 @@ def regenerate(
         eta: In [0, 1]: 0 is plain sampling.
         stop: The time in [0, 1] up to which the picture pulls.
         solver: As in `solve`.
+        rtol: Of an adaptive solver.
+        atol: As `rtol`.
         on_step: Called after every step.
 
     Raises:
         SettingsError: If eta or stop is out of its range, or the shapes differ.
     """
-    _check_share("eta", eta)
-    _check_share("stop", stop)
+    check_share("eta", eta)
+    check_share("stop", stop)
     _check_alike("x_0", x_0, x_img)
 
     def held(x: Tensor, t: Tensor) -> Tensor:
@@ -265,12 +273,32 @@ def regenerate(
             return velocity
         return velocity + eta * ((x_img - x) / (1 - t) - velocity)
 
-    return solve(held, x_0, times, solver=solver, on_step=on_step)
+    return solve(held, x_0, times, solver=solver, rtol=rtol, atol=atol, on_step=on_step)
 
 
 def reconstruction_error(x_img: Tensor, x: Tensor) -> Tensor:
     """How far inverting and sampling again missed the picture: `|x - x_img|/|x_img|`, (B,)."""
     return endpoint_error(x, x_img)
+
+
+def check_n_avg(n_avg: int) -> None:
+    """Refuses what is no number of noises to average over.
+
+    Raises:
+        SettingsError: If it is no whole number of at least 1.
+    """
+    if isinstance(n_avg, bool) or not isinstance(n_avg, int) or n_avg < 1:
+        raise SettingsError(f"n_avg must be a whole number of at least 1, got {n_avg!r}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuses what is no number in [0, 1].
+
+    Raises:
+        SettingsError: Naming the setting.
+    """
+    if isinstance(value, bool) or not (isinstance(value, int | float) and 0 <= value <= 1):
+        raise SettingsError(f"{name} must be a number from 0 to 1, got {value!r}")
 
 
 def _checked_strength(strength: float) -> float:
@@ -281,11 +309,6 @@ def _checked_strength(strength: float) -> float:
             f"strength must be above 0 and at most 1 (1 = from noise alone), got {strength!r}"
         )
     return float(strength)
-
-
-def _check_share(name: str, value: float) -> None:
-    if isinstance(value, bool) or not (isinstance(value, int | float) and 0 <= value <= 1):
-        raise SettingsError(f"{name} must be a number from 0 to 1, got {value!r}")
 
 
 def _check_alike(name: str, given: Tensor, x_img: Tensor) -> None:

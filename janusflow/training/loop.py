@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from janusflow.training.optimizers import (
     set_rates,
 )
 from janusflow.training.throughput import Meter, count_arithmetic, matmul_peak
+from janusflow.version import versions
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,7 @@ def train(
     if main:
         output_dir.mkdir(parents=True, exist_ok=True)
         checkpoints.clean(output_dir)
-        packages = {name: version(name) for name in ("torch", "transformers", "diffusers")}
-        write_json(output_dir / "settings.json", {**config, "versions": packages})
+        write_json(output_dir / "settings.json", {**config, "versions": versions()})
     logs = Logs(accelerator, output_dir, start, config)
     logs.say(f"starting at step {start} of {settings.steps}")
     forward: Any = torch.compile(model) if settings.compile else model

@@ -50,7 +50,7 @@ def test_a_picture_holds_what_makes_it_again(run: Callable, model: Path, tmp_pat
     assert held["prompt"] == "a red ⬤"
     assert (held["seed"], held["guidance"], held["steps"], held["solver"]) == (8, 3.5, 2, "euler")
     assert (held["device"], held["dtype"]) == ("cpu", "float32")
-    assert held["versions"]["torch"] == torch.__version__
+    assert held["versions"]["torch"] == torch.__version__.split("+")[0]
     assert len(held["weights"]) == 64
     again = ("generate", held["prompt"], "--seed", held["seed"], "--guidance", held["guidance"])
     run(*again, "--model", held["model"], *FEW)

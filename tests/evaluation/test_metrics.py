@@ -7,13 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from transformers import CLIPConfig, CLIPModel
+from tiny import make_pipeline
+from tiny_clip import write_clip
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from janusflow.errors import SettingsError
-from janusflow.evaluation.features import feature_extractor
-from janusflow.evaluation.metrics import bootstrap, frechet_distance, psnr, ssim
+from janusflow.evaluation.features import (
+    clip_scorer,
+    feature_extractor,
+    module_hash,
+    tower_extractor,
+)
+from janusflow.evaluation.metrics import bootstrap, frechet_distance, mmd, psnr, ssim
 
 RNG = np.random.default_rng(0)
 
@@ -56,6 +64,39 @@ def test_the_frechet_distance_is_that_of_the_formula_with_sqrtm() -> None:
 def test_the_frechet_distance_of_shifted_features_is_the_squared_shift() -> None:
     features = RNG.standard_normal((50, 4))
     assert frechet_distance(features, features + np.array([3, 0, 4, 0])) == pytest.approx(25)
+
+
+def test_mmd_is_the_kernel_s_means_over_all_pairs_and_over_pairs_of_two() -> None:
+    first, second = RNG.standard_normal((7, 3)), RNG.standard_normal((5, 3)) + 1
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> float:
+        gap = x / np.linalg.norm(x) - y / np.linalg.norm(y)
+        return float(np.exp(-np.square(gap).sum() / (2 * 10**2)))
+
+    def mean(xs: np.ndarray, ys: np.ndarray, *, of_two: bool = False) -> float:
+        pairs = [(i, j) for i in range(len(xs)) for j in range(len(ys)) if not of_two or i != j]
+        return float(np.mean([kernel(xs[i], ys[j]) for i, j in pairs]))
+
+    cross = 2 * mean(first, second)
+    unbiased = mean(first, first, of_two=True) + mean(second, second, of_two=True) - cross
+    biased = mean(first, first) + mean(second, second) - cross
+    expected = (1000 * unbiased, 1000 * biased)
+    assert mmd(first, second) == pytest.approx(expected, rel=1e-6)
+    assert mmd(first, 3 * first)[1] == pytest.approx(0, abs=1e-9)
+
+
+def test_mmd_of_many_pictures_is_summed_in_pieces_and_the_unbiased_one_is_about_0() -> None:
+    first, second = RNG.standard_normal((2, 1500, 4))
+    unbiased, biased = mmd(first, second)
+    assert abs(unbiased) < 0.3 < biased + 0.3
+    assert 0 < biased < 0.1
+    one, other = (
+        features / np.linalg.norm(features, axis=1)[:, None] for features in (first, second)
+    )
+    means = [
+        np.exp((a @ b.T - 1) / 100).mean() for a, b in ((one, one), (other, other), (one, other))
+    ]
+    assert biased == pytest.approx(1000 * (means[0] + means[1] - 2 * means[2]), rel=1e-6)
 
 
 def test_the_bootstrap_covers_a_mean_as_often_as_it_says() -> None:
@@ -121,19 +162,7 @@ def test_inception_features_are_of_resized_pictures_from_0_to_255(tmp_path: Path
 
 
 def test_clip_features_have_length_1_and_do_not_depend_on_the_batch(tmp_path: Path) -> None:
-    part = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    config = CLIPConfig(
-        text_config={**part, "vocab_size": 10},
-        vision_config={**part, "image_size": 32, "patch_size": 16},
-        projection_dim=8,
-    )
-    CLIPModel(config).save_pretrained(tmp_path)
-    extractor = feature_extractor(f"clip:{tmp_path}")
+    extractor = feature_extractor(f"clip:{write_clip(tmp_path, with_processors=False)}")
     pictures = torch.rand(33, 3, 48, 48)
     features = extractor.extract(pictures)
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
@@ -145,3 +174,77 @@ def test_clip_features_have_length_1_and_do_not_depend_on_the_batch(tmp_path: Pa
 def test_features_that_are_not_there_are_refused(name: str) -> None:
     with pytest.raises(SettingsError, match=r"expected 'pixels'|there is no"):
         feature_extractor(name)
+
+
+def test_the_clip_score_is_the_cosine_that_transformers_own_processor_leads_to(
+    tmp_path: Path,
+) -> None:
+    folder = write_clip(tmp_path)
+    pictures = (255 * torch.rand(40, 3, 48, 48)).round() / 255
+    texts = [
+        ("a red circle", "two blue squares", "a cat that is far too long for it")[i % 3]
+        for i in range(40)
+    ]
+    scorer = clip_scorer(str(folder))
+    scores = scorer.score(pictures, texts)
+    processor = CLIPProcessor(
+        CLIPImageProcessorPil.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)
+    )
+    images = [
+        Image.fromarray((255 * one).round().byte().permute(1, 2, 0).numpy()) for one in pictures
+    ]
+    inputs = processor(
+        text=texts, images=images, return_tensors="pt", padding=True, truncation=True, max_length=20
+    )
+    with torch.no_grad():
+        out = CLIPModel.from_pretrained(folder).eval()(**inputs)
+    cosines = (out.image_embeds * out.text_embeds).sum(-1)
+    assert (cosines < 0).any()
+    assert (cosines > 0).any()
+    np.testing.assert_allclose(scores, (100 * cosines).clamp(min=0), atol=1e-3)
+    assert scores.dtype == np.float32
+    assert scorer.hash == clip_scorer(str(folder)).hash
+    (tmp_path / "other").mkdir()
+    assert scorer.hash != clip_scorer(str(write_clip(tmp_path / "other", seed=1))).hash
+
+
+def test_a_folder_without_a_whole_clip_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="there is no"):
+        clip_scorer(str(tmp_path / "none"))
+    with pytest.raises(SettingsError, match="holds no CLIP model of transformers"):
+        clip_scorer(str(tmp_path))
+    with pytest.raises(SettingsError, match="holds no CLIP model of transformers"):
+        feature_extractor(f"clip:{tmp_path}")
+    write_clip(tmp_path, with_processors=False)
+    with pytest.raises(SettingsError, match="holds no CLIP model of transformers"):
+        clip_scorer(str(tmp_path))
+
+
+def test_the_tower_s_features_are_the_means_of_what_the_aligner_is_given() -> None:
+    pipe = make_pipeline()
+    pictures = (255 * torch.rand(3, 3, 64, 64)).round() / 255
+    images = [
+        Image.fromarray((255 * one).round().byte().permute(1, 2, 0).numpy()) for one in pictures
+    ]
+    given = []
+    pipe.model.aligner.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    with torch.no_grad():
+        pipe.model.get_image_features(pipe.processor.image_processor(images))
+    extractor = tower_extractor(pipe)
+    features = extractor.extract(pictures)
+    np.testing.assert_allclose(features, given[0].mean(1), atol=1e-5)
+    assert np.abs(features[0] - features[1]).max() > 1e-3
+    pipe.model.to(torch.bfloat16)
+    halved = tower_extractor(pipe).extract(pictures)
+    assert halved.dtype == np.float32
+    assert next(pipe.model.parameters()).dtype == torch.bfloat16
+    np.testing.assert_allclose(halved, features, atol=0.1)
+
+
+def test_a_module_s_hash_is_of_all_its_numbers_and_their_type() -> None:
+    layer = torch.nn.BatchNorm1d(3)
+    first = module_hash(layer)
+    assert first == module_hash(torch.nn.BatchNorm1d(3))
+    layer.running_mean[1] = 1e-3
+    second = module_hash(layer)
+    assert len({first, second, module_hash(layer.to(torch.bfloat16))}) == 3

@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from janusflow.experiments.figures import Figure
-from janusflow.experiments.sweep_design import SweepSettings, cells
+from janusflow.experiments.sweep_design import cells
 from janusflow.experiments.sweep_metrics import Metric, find_metrics
 from janusflow.experiments.sweep_plots import figures
 from janusflow.experiments.sweep_report import write_report
+from janusflow.experiments.sweep_settings import SweepSettings
 from janusflow.experiments.sweep_table import SETTINGS, pareto, summarize, varied
 from janusflow.settings import fill
 

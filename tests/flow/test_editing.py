@@ -8,6 +8,14 @@ import pytest
 import torch
 
 from janusflow.errors import SettingsError
+from janusflow.flow.edit_methods import (
+    EDITS,
+    EditRun,
+    FlowEdit,
+    Inversion,
+    SDEdit,
+    make_edit,
+)
 from janusflow.flow.editing import (
     Inpainting,
     edit_times,
@@ -388,3 +396,69 @@ def test_an_edit_does_not_depend_on_its_batch(x_img, noise, mask):
     for whole, turned, single in zip(together, backwards, alone, strict=True):
         assert torch.equal(whole[1:2], single)
         assert torch.equal(whole, turned.flip(0))
+
+
+def test_methods_go_by_name_or_with_settings():
+    assert [make_edit(name) for name in EDITS] == [SDEdit(), FlowEdit(), Inversion()]
+    own = FlowEdit(n_avg=3)
+    assert make_edit(own) is own
+    for unknown in ("sdedits", FlowEdit, None):
+        with pytest.raises(SettingsError, match=r"unknown edit .*known: sdedit, flowedit, inv"):
+            make_edit(unknown)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        (FlowEdit, {"n_avg": 0}, "n_avg must be a whole number of at least 1, got 0"),
+        (FlowEdit, {"source_guidance_scale": "2"}, "source_guidance_scale must be .*, got '2'"),
+        (Inversion, {"gamma": 1.5}, "gamma must be a number from 0 to 1, got 1.5"),
+        (Inversion, {"eta": -1}, "eta must be a number from 0 to 1, got -1"),
+        (Inversion, {"stop": True}, "stop must be a number from 0 to 1, got True"),
+    ],
+)
+def test_settings_of_a_method_are_checked_when_it_is_made(method, settings, message):
+    with pytest.raises(SettingsError, match=message):
+        method(**settings)
+
+
+@pytest.mark.parametrize("method", [SDEdit(), FlowEdit(n_avg=2), Inversion(0.3, 0.8, 0.6)])
+def test_a_method_does_what_its_functions_do(x_img, noise, method):
+    def target(x, t):
+        return torch.sin(3 * x)
+
+    times, seen = edit_times(8, 0.75), []
+
+    def on_step(index, t, x):
+        seen.append((index, float(t), x))
+        return x
+
+    run = EditRun(
+        x_img, target, times, 0.75, gaussian, noise, generators=generators(1, 2, 3), solver="euler"
+    )
+    method.run(run, on_step)
+    if method == SDEdit():
+        expected = solve(target, start_of_edit(x_img, noise, 0.75)[0], times).latents
+    elif isinstance(method, FlowEdit):
+        expected = flow_edit(gaussian, target, x_img, times, generators(1, 2, 3), n_avg=2).latents
+    else:
+        x_0 = invert(gaussian, x_img, times, noise=noise, gamma=0.3).latents
+        expected = regenerate(target, x_0, x_img, times, eta=0.8, stop=0.6).latents
+        assert torch.equal(seen[5][2], x_0)
+    assert torch.equal(seen[-1][2], expected)
+    assert [index for index, _, _ in seen] == list(range(6 * method.rounds))
+    forth = times[1:].tolist()
+    assert [t for _, t, _ in seen][-6:] == forth
+    if method.rounds == 2:
+        assert [t for _, t, _ in seen][:6] == pytest.approx(times.flip(0)[1:].tolist())
+
+
+def test_adaptive_solvers_invert_by_their_tolerances(x_img, noise):
+    x, times = x_img[:1].double(), time_grid(2)
+    errors = []
+    for tolerance in (1e-2, 1e-9):
+        options = {"solver": "dopri5", "rtol": tolerance, "atol": tolerance}
+        x_0 = invert(gaussian, x, times, noise=noise[:1].double(), gamma=0, **options).latents
+        back = regenerate(gaussian, x_0, x, times, eta=0, **options).latents
+        errors.append(reconstruction_error(x, back).item())
+    assert errors[1] < 1e-7 < errors[0]
