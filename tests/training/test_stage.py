@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from janusflow import SettingsError
+from janusflow import JanusFlowPipeline, SettingsError
 from janusflow.data.packing import Packer, Span
 from janusflow.data.samples import BrokenSample, Sample
 from janusflow.processing.processor import IGNORED
@@ -19,6 +20,7 @@ from janusflow.training.alignment import alignment_loss
 from janusflow.training.assemble import AssembleSettings
 from janusflow.training.cached import Cached
 from janusflow.training.pairs import PairsRunSettings
+from janusflow.training.run import run
 from janusflow.training.stage import TRAINABLE, StageObjective, StageSettings, answer_loss
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "train"
@@ -176,6 +178,28 @@ def test_validation_tells_the_loss_of_the_flow_by_time(tmp_path: Path) -> None:
     assert sum(found[name] for name in times) / 4 == pytest.approx(found["valid_flow"], rel=1e-3)
     assert found["valid_flow_t0.12"] > 2 * found["valid_flow_t0.62"], "noise tells little"
     assert objective.validate() == found
+
+
+def test_the_smoke_run_goes_through_every_part_and_goes_on(tmp_path: Path) -> None:
+    options = [
+        f"output_dir={tmp_path}",
+        "packing.length=320",
+        "loop.log_every=1",
+        "loop.validate_every=2",
+        "loop.preview_every=2",
+        "preview.shapes=6",
+        "preview.num_inference_steps=2",
+    ]
+    for steps in (2, 3):
+        assert run(CONFIGS / "tiny" / "smoke.yaml", [*options, f"loop.steps={steps}"])
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "grad_norm" in line] == [1, 2, 3]
+    measured = next(line for line in lines if "valid_flow" in line)
+    assert {"shapes_flow", "shapes_vq", "valid_answer", "valid_vq"} <= measured.keys()
+    for name in ("preview-flow.png", "preview-vq.png", "final/model", "settings.json"):
+        assert (tmp_path / name).exists()
+    pipe = JanusFlowPipeline.from_pretrained(tmp_path / "final")
+    assert pipe.model.generation_heads == ("flow", "vq")
 
 
 def test_answer_loss_is_the_mean_over_what_is_to_be_said() -> None:
