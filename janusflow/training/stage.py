@@ -205,7 +205,9 @@ class StageObjective(Objective):
     def _open_rows(
         self, sources: list[Source], data: DataSettings, part: int, **drawing: Any
     ) -> PackedStream:
-        settings = self.settings
+        settings, vae = self.settings, self._pipe.vae
+        if vae is not None:
+            vae.to(self.model.device)  # it is no module of ours: nobody else takes it along
         stream = SampleStream(
             sources,
             data.mixture,
