@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from tiny import make_pipeline
 from torch import Tensor, nn
 
 from janusflow import JanusFlowPipeline, SettingsError
 from janusflow.data.packing import Packer, Span
 from janusflow.data.samples import BrokenSample, Sample
+from janusflow.models.checkpoints import convert
 from janusflow.processing.processor import IGNORED
 from janusflow.settings import fill, read_yaml
 from janusflow.training.alignment import alignment_loss
@@ -200,6 +203,41 @@ def test_the_smoke_run_goes_through_every_part_and_goes_on(tmp_path: Path) -> No
         assert (tmp_path / name).exists()
     pipe = JanusFlowPipeline.from_pretrained(tmp_path / "final")
     assert pipe.model.generation_heads == ("flow", "vq")
+
+
+def test_a_published_model_goes_on_with_ones_own_pictures(tmp_path: Path) -> None:
+    make_pipeline().save_pretrained(tmp_path / "saved")
+    published, pictures = tmp_path / "published", tmp_path / "pictures"
+    convert(tmp_path / "saved", published, to="published")
+    pictures.mkdir()
+    for number, color in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (80, 70 + number), color).save(pictures / f"{color}.jpg")
+        (pictures / f"{color}.txt").write_text(f"all of it is {color}")
+    config = tmp_path / "own.yaml"
+    config.write_text(
+        f"""task: stage
+output_dir: {tmp_path / "run"}
+model: {published}
+vae: {tmp_path / "saved" / "vae"}
+trained: [language_model, flow_head]
+data: {{sources: {{mine: {{format: folder, kind: generation, path: {pictures}}}}}}}
+packing: {{length: 256}}
+alignment: {{layer: 1, width: 16}}
+loop: {{steps: 2, precision: "no", optimizer: {{learning_rate: 1.0e-3}}}}
+"""
+    )
+    assert run(config)
+    final = tmp_path / "run" / "final"
+    convert(final, tmp_path / "again", to="published")
+    before, after = (
+        JanusFlowPipeline.from_pretrained(
+            folder, vae=final / "vae", torch_dtype=torch.bfloat16
+        ).model.state_dict()
+        for folder in (published, tmp_path / "again")
+    )
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert any(name.startswith("flow_head") for name in changed)
+    assert not any(name.startswith(("vision_model", "aligner")) for name in changed)
 
 
 def test_answer_loss_is_the_mean_over_what_is_to_be_said() -> None:
