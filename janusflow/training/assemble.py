@@ -106,6 +106,7 @@ def assemble(settings: AssembleSettings) -> Path:
     model = JanusFlowForConditionalGeneration(config)
     model.language_model.load_state_dict(language_model.state_dict())
     model.vision_model.load_state_dict(_janus_names(vision.state_dict()))
+    vae.register_to_config(_name_or_path="")  # else the folder it was loaded from
     with atomic_folder(target) as scratch:
         pipe = JanusFlowPipeline(model=model, vae=vae, processor=processor)
         pipe.to(torch.bfloat16).save_pretrained(scratch)

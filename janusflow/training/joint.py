@@ -28,7 +28,7 @@ from janusflow.data.shapes.batches import ShapesBatches, picture_scene
 from janusflow.data.shapes.scene import COLORS, SHAPES, draw
 from janusflow.data.shapes.tokenizer import write_tokenizer
 from janusflow.errors import SettingsError
-from janusflow.files import atomic_folder, atomic_path, write_json
+from janusflow.files import atomic_path, write_json
 from janusflow.flow.path import interpolate
 from janusflow.flow.timesteps import logit_normal, uniform
 from janusflow.models.configuration import JanusFlowConfig
@@ -378,9 +378,8 @@ class JointObjective(Objective):
     def export(self, folder: Path) -> None:
         """Saves the whole pipeline in bfloat16."""
         self.vae.register_to_config(_name_or_path="")  # else the folder it was loaded from
-        with atomic_folder(folder) as scratch:
-            self._pipeline().to(torch.bfloat16).save_pretrained(scratch)
-            write_json(scratch / "model" / "training.json", self._record())
+        self._pipeline().to(torch.bfloat16).save_pretrained(folder)
+        write_json(folder / "model" / "training.json", self._record())
         self.model.float()
 
 

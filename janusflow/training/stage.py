@@ -417,6 +417,8 @@ class StageObjective(Objective):
             model = JanusFlowForConditionalGeneration(self.model.config)
             model.load_state_dict(merged_weights(self.model))
             pipe = JanusFlowPipeline(model=model, vae=pipe.vae, processor=pipe.processor)
+        if pipe.vae is not None:
+            pipe.vae.register_to_config(_name_or_path="")  # else the folder it was loaded from
         pipe.to(torch.bfloat16).save_pretrained(folder)
         self._pipe.to(torch.float32)
 

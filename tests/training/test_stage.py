@@ -203,6 +203,8 @@ def test_the_smoke_run_goes_through_every_part_and_goes_on(tmp_path: Path) -> No
         assert (tmp_path / name).exists()
     pipe = JanusFlowPipeline.from_pretrained(tmp_path / "final")
     assert pipe.model.generation_heads == ("flow", "vq")
+    written = (tmp_path / "final" / "vae" / "config.json").read_text()
+    assert "assets" not in written, "where the model was loaded from is nobody else's business"
 
 
 def test_a_published_model_goes_on_with_ones_own_pictures(tmp_path: Path) -> None:
@@ -253,6 +255,7 @@ def test_answer_loss_is_the_mean_over_what_is_to_be_said() -> None:
 def test_alignment_is_minus_the_cosine_on_the_drawn_grid() -> None:
     features = torch.randn(2, 16, 6, requires_grad=True)
     assert not alignment_loss(features.detach(), features).requires_grad
+    features = features.detach()
     assert alignment_loss(3 * features, features) == pytest.approx(-1)
     assert alignment_loss(-features, features) == pytest.approx(1)
     coarse = features.view(2, 2, 2, 2, 2, 6).mean((2, 4)).reshape(2, 4, 6)
@@ -312,7 +315,7 @@ def test_a_sample_that_fits_into_no_row_is_broken(objective: StageObjective) -> 
         ({"alignment": {"layer": 7}}, "the language model has 6"),
         ({"data": {}}, "there is no source"),
         ({"vae": "nowhere"}, "nowhere"),
-        ({"traned": ["aligner"]}, "did you mean 'trained'"),
+        ({"train": ["aligner"]}, "did you mean 'trained'"),
     ],
 )
 def test_a_bad_stage_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
