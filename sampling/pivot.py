@@ -1,6 +1,6 @@
 """Tables for a page from a sweep's `tables/pictures.csv`, in Markdown, on standard output.
 
-`python sampling/tabulate.py DIR/tables/pictures.csv --rows solver --columns nfe --by guidance_scale
+`python sampling/pivot.py DIR/tables/pictures.csv --rows solver --columns nfe --by guidance_scale
 --values shapes error` prints for each guidance and each value a table of means over pictures.
 """
 
