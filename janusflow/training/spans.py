@@ -5,7 +5,6 @@ Axes: n points of a picture's path, C latent channels, h w latent cells, N image
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,8 +17,7 @@ from janusflow.data.transforms import short_side_crop
 from janusflow.errors import PromptError, SettingsError
 from janusflow.flow.timesteps import logit_normal, uniform
 from janusflow.processing.processor import JanusFlowProcessor
-
-Encode = Callable[[Tensor], Tensor]
+from janusflow.training.cached import Encode
 
 
 @dataclass(frozen=True)

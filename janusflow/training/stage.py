@@ -8,7 +8,6 @@ tokens of a row, G points of pictures' paths, N image tokens.
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from janusflow.data.sources import Source
 from janusflow.data.sources.pairs import PairsSource
 from janusflow.data.stream import SampleStream
 from janusflow.errors import SettingsError
+from janusflow.evaluation.features import module_hash
 from janusflow.flow.path import interpolate, velocity_target
 from janusflow.models.checkpoints import resolve_model_folder, weights_hash
 from janusflow.models.flow_head import FlowTokens
@@ -246,7 +246,7 @@ class StageObjective(Objective):
     def _cached(self, encode: Encode, name: str, network: nn.Module) -> Encode:
         if self.settings.cache is None:
             return encode
-        return Cached(encode, Path(self.settings.cache) / name, state_hash(network))
+        return Cached(encode, Path(self.settings.cache) / name, module_hash(network))
 
     def _looked_at(self, pixels: Tensor) -> Tensor:
         """Pixels (1, 3, H, W) in [-1, 1] as the understanding encoder takes them."""
@@ -437,15 +437,6 @@ def answer_loss(head: nn.Module, states: Tensor, labels: Tensor) -> Tensor:
     logits = head(states[:, :-1][wanted]).float()
     total = nn.functional.cross_entropy(logits, labels[:, 1:][wanted], reduction="sum")
     return total / wanted.sum().clamp(min=1)
-
-
-def state_hash(network: nn.Module) -> str:
-    """SHA-256 of the weights."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def _choose_trained(model: JanusFlowForConditionalGeneration, settings: StageSettings) -> None:

@@ -69,6 +69,8 @@ def test_evaluations_become_the_whole_steps_of_each_solver() -> None:
         ("euler", 6),
         ("midpoint", 3),
     ]
+    odd = cells_of(nfe=[7], solver=["euler", "midpoint"])
+    assert [(cell.solver, cell.num_inference_steps) for cell in odd] == [("euler", 7)]
 
 
 def test_tolerances_are_of_adaptive_solvers_and_limits_of_tokens_of_drawn_ones() -> None:
