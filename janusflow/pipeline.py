@@ -631,7 +631,7 @@ def _check_processor(
 ) -> None:
     config: Any = model.config
     size = processor.image_processor.image_size
-    expected = (size // config.vision_config.patch_size) ** 2
+    expected = config.understanding_tokens_at(size)
     if processor.num_image_tokens != expected:
         raise CheckpointError(
             f"the processor gives a picture {processor.num_image_tokens} tokens, but the model "

@@ -175,8 +175,11 @@ class JanusFlowConfig(PreTrainedConfig):
     @property
     def num_understanding_tokens(self) -> int:
         """Tokens of the language model for one picture that is looked at."""
-        vision = self.vision_config
-        return (vision.image_size // vision.patch_size) ** 2
+        return self.understanding_tokens_at(self.vision_config.image_size)
+
+    def understanding_tokens_at(self, image_size: int) -> int:
+        """Those of a picture with sides of `image_size` pixels."""
+        return (image_size // self.vision_config.patch_size) ** 2
 
     @property
     def generation_heads(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -29,6 +29,20 @@ from janusflow.models.placeholders import begin_tags, find_placeholders
 from janusflow.models.prefix import EncodedPrompts, PromptPrefix, positions, shared_prefix_mask
 from janusflow.models.token_sampling import TokenCallback, draw_tokens, token_choice
 from janusflow.models.vq_head import VQHead
+
+
+class PictureStates(NamedTuple):
+    """States of the language model in training, n points of a picture's path for each prompt.
+
+    Attributes:
+        flow: The last layer's at the flow head's tokens, (B · n, 1 + N, E); empty without them.
+        vq: The last layer's that predict the VQ head's tokens, (B, N, E); empty without them.
+        inner: As `flow`, after an inner layer; None when not asked for.
+    """
+
+    flow: Tensor
+    vq: Tensor
+    inner: Tensor | None
 
 
 class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -463,8 +477,8 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         self.require_head("flow")
         tokens = self.flow_head.tokens(latents, t)
-        hidden, _ = self.picture_states(input_ids, attention_mask, flow=tokens)
-        return self.flow_head.velocity(hidden, tokens)
+        states = self.picture_states(input_ids, attention_mask, flow=tokens)
+        return self.flow_head.velocity(states.flow, tokens)
 
     def picture_states(
         self,
@@ -473,7 +487,8 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         *,
         flow: FlowTokens | None = None,
         image_tokens: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        inner_layer: int | None = None,
+    ) -> PictureStates:
         """The language model's part of training either head, or both in one pass.
 
         A row holds a prompt, its pictures for the flow head (time and image tokens each) and its
@@ -487,10 +502,7 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 dropped condition, the VQ head sees all the same, as in sampling.
             flow: Of `flow_head.tokens`, n latents for each prompt.
             image_tokens: (B, N).
-
-        Returns:
-            Last hidden states of the flow head's tokens, (B · n, 1 + N, E), and those that predict
-            `image_tokens`, (B, N, E); of a head that is not given, an empty tensor.
+            inner_layer: After how many layers states of the flow head's tokens are wanted, too.
         """
         table = self.get_input_embeddings()
         prompt = table(input_ids[:, :-1])
@@ -519,17 +531,26 @@ class JanusFlowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         of_flow = (blocks > 0) & (blocks <= images)
         visible = torch.where(of_flow[:, None], kept[:, None], begun[:, None])
         visible = nn.functional.pad(visible, (0, len(blocks) - length), value=True)
-        hidden = self.language_model.model(
+        output = self.language_model.model(
             inputs_embeds=torch.cat([part.to(prompt.dtype) for part in inputs], dim=1),
             attention_mask=shared_prefix_mask(
                 blocks.expand(len(prompt), -1), visible, prompt.dtype
             ),
             position_ids=torch.cat(steps, dim=1),
             use_cache=False,
-        ).last_hidden_state[:, length:]
-        of_flow_head, of_vq_head = hidden.split([images * flow_length, vq_length], dim=1)
-        of_flow_head = of_flow_head.reshape(len(hidden) * images, flow_length, hidden.shape[-1])
-        return of_flow_head, of_vq_head
+            output_hidden_states=inner_layer is not None,
+        )
+
+        def of_flow_head(states: Tensor) -> Tensor:
+            taken = states[:, length : length + images * flow_length]
+            return taken.reshape(len(states) * images, flow_length, states.shape[-1])
+
+        last = output.last_hidden_state
+        return PictureStates(
+            flow=of_flow_head(last),
+            vq=last[:, last.shape[1] - vq_length :],
+            inner=None if inner_layer is None else of_flow_head(output.hidden_states[inner_layer]),
+        )
 
     @torch.no_grad()
     def generate_latents(

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from einops import rearrange
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -27,10 +28,13 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 from janusflow.data.shapes.batches import ShapesBatches, picture_scene
 from janusflow.data.shapes.scene import COLORS, SHAPES, draw
 from janusflow.data.shapes.tokenizer import write_tokenizer
-from janusflow.errors import SettingsError
+from janusflow.errors import CheckpointError, SettingsError
+from janusflow.evaluation.features import module_hash
 from janusflow.files import atomic_path, write_json
 from janusflow.flow.path import interpolate
 from janusflow.flow.timesteps import logit_normal, uniform
+from janusflow.models.autoencoder import load_autoencoder
+from janusflow.models.checkpoints import resolve_model_folder
 from janusflow.models.configuration import JanusFlowConfig
 from janusflow.models.modeling import JanusFlowForConditionalGeneration
 from janusflow.models.prefix import shared_prefix_mask
@@ -38,6 +42,7 @@ from janusflow.processing.images import JanusFlowImageProcessor
 from janusflow.processing.processor import JanusFlowProcessor
 from janusflow.processing.prompts import PromptFormat
 from janusflow.processing.tokenizer import load_tokenizer
+from janusflow.training.alignment import AlignmentHead, AlignmentSettings, alignment_loss
 from janusflow.training.autoencoder import to_pixels
 from janusflow.training.loop import LoopSettings, Objective
 from janusflow.training.losses import (
@@ -46,6 +51,7 @@ from janusflow.training.losses import (
     patch_loss,
     rectified_flow_loss,
 )
+from janusflow.training.shared_encoder import SharedEncoderConfig, SharedEncoderModel
 
 if TYPE_CHECKING:
     from janusflow.pipeline import JanusFlowPipeline
@@ -77,8 +83,10 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class DrawingSettings:
-    """What the flow head learns from."""
+    """What the generation heads learn from."""
 
+    flow: bool = True
+    """Whether the model has the flow head. The VQ head it has where there is a tokenizer."""
     num_pictures: int = 60_000
     batch_size: int = 64
     """Captions a step."""
@@ -104,6 +112,9 @@ class DrawingSettings:
 class LookingSettings:
     """What the understanding path learns from."""
 
+    encoder: str = "vision"
+    """What pictures are looked at through: "vision", the tower, or "drawing", the autoencoder and
+    the flow head's encoder, shared by both tasks."""
     batch_size: int = 16
     conversation_length: int = 160
     """Tokens a conversation is padded to; it holds as many questions as fit."""
@@ -113,6 +124,10 @@ class LookingSettings:
     """How much likelier a question of "where" is to be among those that fit: it is learned last,
     as its answer about two objects tells one side from the other and nothing else."""
     loss_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.encoder not in ("vision", "drawing"):
+            raise SettingsError(f"looking.encoder is 'vision' or 'drawing', not {self.encoder!r}")
 
 
 @dataclass(frozen=True)
@@ -150,68 +165,100 @@ class JointSettings:
     task: str = "joint"
     output_dir: str = "runs/joint"
     autoencoder: str = "runs/autoencoder/final"
-    """Folder of the frozen autoencoder."""
+    """Folder of the frozen autoencoder, or a model that has it."""
     vq_tokenizer: str | None = None
-    """Folder of the frozen tokenizer of pictures; none = a model without the VQ head."""
+    """Folder of the frozen tokenizer of pictures, or a model that has it; none = a model without
+    the VQ head."""
+    vision_model: str | None = None
+    """Model whose vision tower to begin with, in place of SigLIP's pre-training; none = a random
+    tower."""
     model: ModelSizes = field(default_factory=ModelSizes)
     drawing: DrawingSettings = field(default_factory=DrawingSettings)
     looking: LookingSettings = field(default_factory=LookingSettings)
     patches: PatchSettings = field(default_factory=PatchSettings)
+    alignment: AlignmentSettings = field(
+        default_factory=lambda: AlignmentSettings(weight=0.0, layer=3, width=256)
+    )
     preview: PreviewSettings = field(default_factory=PreviewSettings)
+    cache: str | None = None
+    """Folder for what the frozen autoencoder and tokenizer make of the pictures, which several runs
+    may share; the run's own when not given."""
     drawing_defaults: dict[str, dict[str, float]] = field(default_factory=dict)
     """Kept in the model's config; see `JanusFlowConfig`."""
     loop: LoopSettings = field(default_factory=LoopSettings)
+
+    def __post_init__(self) -> None:
+        if not (self.drawing.flow or self.vq_tokenizer):
+            raise SettingsError("no head draws: set drawing.flow or name a vq_tokenizer")
+        if self.looking.encoder == "drawing" and not self.drawing.flow:
+            raise SettingsError("looking.encoder 'drawing' needs the flow head; set drawing.flow")
+        if self.looking.encoder == "drawing" and self.patches.vision_weight:
+            raise SettingsError(
+                "looking.encoder 'drawing' leaves the vision tower as it is; "
+                "set patches.vision_weight to 0"
+            )
+        if self.alignment.weight and self.alignment.layer > self.model.language_layers:
+            raise SettingsError(
+                f"alignment.layer is {self.alignment.layer}, and the language model has "
+                f"{self.model.language_layers}"
+            )
 
 
 class JointObjective(Objective):
     """The model with the losses of drawing and looking."""
 
+    free_settings = ("cache",)
+
     def __init__(self, settings: JointSettings) -> None:
         super().__init__()
         self.settings = settings
-        if not (Path(settings.autoencoder) / "config.json").is_file():
-            raise SettingsError(
-                f"no autoencoder in {settings.autoencoder}; train it first with "
-                "`janusflow train configs/train/tiny/autoencoder.yaml`, or set --autoencoder"
-            )
-        tokens = settings.vq_tokenizer
-        if tokens is not None and not (Path(tokens) / "config.json").is_file():
-            raise SettingsError(
-                f"no tokenizer of pictures in {tokens}; train it first with "
-                "`janusflow train configs/train/tiny/vq_tokenizer.yaml`, or set --vq-tokenizer"
-            )
         folder = Path(settings.output_dir)
-        vae = AutoencoderKL.from_pretrained(settings.autoencoder).eval().requires_grad_(False)
+        vae = _autoencoder(settings.autoencoder).requires_grad_(False)
         self._frozen = {"vae": vae}  # in a dict: no part of what is trained and saved
-        self.processor = _processor(folder / "tokenizer", settings.model)
+        self._shared = settings.looking.encoder == "drawing"
+        sizes = settings.model
+        self.patches_per_side = sizes.image_size // sizes.vision_patch
+        looked_at = 2 * _scale_of(vae) if self._shared else sizes.vision_patch
+        self.processor = _processor(folder / "tokenizer", sizes, looked_at)
         config = _model_config(settings, vae, self.processor)
         if settings.vq_tokenizer is not None:
-            tokenizer = JanusVQVAE.from_pretrained(settings.vq_tokenizer)
-            config.vq_config = _vq_config(tokenizer, settings.model)
+            tokenizer = _vq_tokenizer(settings.vq_tokenizer)
+            config.vq_config = _vq_config(tokenizer, sizes)
         torch.manual_seed(settings.loop.seed)
-        self.model = JanusFlowForConditionalGeneration(config)
+        if self._shared:
+            self.model: JanusFlowForConditionalGeneration = SharedEncoderModel(
+                config, _latents_of(vae)
+            )
+        else:
+            self.model = JanusFlowForConditionalGeneration(config)
         if settings.vq_tokenizer is not None:
             self.model.vq_head.tokenizer.load_state_dict(tokenizer.state_dict())
             self.model.vq_head.tokenizer.requires_grad_(False)
+        if settings.vision_model is not None:
+            _take_vision_tower(self.model, settings.vision_model)
         # On a CPU the backward pass of the fused attention takes longer than matrices this small.
         self.model.set_attn_implementation("eager")
-        sizes = settings.model
-        self.patches_per_side = sizes.image_size // sizes.vision_patch
-        per_token = self.patches_per_side**2 // self.model.flow_config.num_image_tokens
-        self.patch_heads = nn.ModuleDict(
-            {
-                "vision": nn.Linear(sizes.vision_width, PATCH_CLASSES),
-                "drawing": nn.Linear(sizes.language_width, per_token * PATCH_CLASSES),
-            }
-        )
+        self.patch_heads = nn.ModuleDict()
+        if settings.patches.vision_weight:
+            self.patch_heads["vision"] = nn.Linear(sizes.vision_width, PATCH_CLASSES)
+        if settings.patches.drawing_weight and settings.drawing.flow:
+            per_token = self.patches_per_side**2 // self.model.flow_config.num_image_tokens
+            self.patch_heads["drawing"] = nn.Linear(sizes.language_width, per_token * PATCH_CLASSES)
+        self.alignment: AlignmentHead | None = None
+        if settings.alignment.weight and settings.drawing.flow:
+            self.alignment = AlignmentHead(
+                sizes.language_width, sizes.vision_width, settings.alignment.width
+            )
         self.batches = ShapesBatches(self.processor, settings.loop.seed)
-        self.latents = _encoded(folder / "latents.safetensors", settings, _latents_of(vae))
-        self.image_tokens: Tensor | None = None
+        self.latents = self.image_tokens = None
+        if settings.drawing.flow:
+            self.latents = _encoded("latents", settings, _latents_of(vae), vae)
         if settings.vq_tokenizer is not None:
             self.image_tokens = _encoded(
-                folder / "image_tokens.safetensors",
+                "image_tokens",
                 settings,
                 lambda pixels: self.model.vq_head.encode(pixels).to(torch.int32),
+                self.model.vq_head.tokenizer,
             )
 
     @property
@@ -234,10 +281,6 @@ class JointObjective(Objective):
             drawing.condition_dropout_prob,
             tag="flow" if self.image_tokens is None else "vq",
         )
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + sample)
-        x_1 = self.latents[torch.from_numpy(indices)].float()
-        x_1 = x_1.repeat_interleave(drawing.noises_per_picture, dim=0)
-        density = logit_normal if drawing.timesteps == "logit-normal" else uniform
         conversations = self.batches.conversations(
             looking.batch_size,
             sample,
@@ -245,93 +288,104 @@ class JointObjective(Objective):
             looking.separate_questions,
             looking.where_weight,
         )
-        patch_pixels, patch_labels = self.batches.labelled_patches(
-            self.settings.patches.batch_size, sample, self.patches_per_side
-        )
-        drawn_labels = self.batches.picture_labels(indices, self.patches_per_side)
         batch = {
             "prompt_ids": ids,
             "prompt_mask": mask,
-            "x_0": torch.randn(x_1.shape, generator=generator),
-            "x_1": x_1,
-            "t": density(len(x_1), generator=generator),
             "conversation_ids": conversations.input_ids,
             "labels": conversations.labels,
             "blocks": conversations.blocks,
             "position_ids": conversations.position_ids,
             "pixel_values": conversations.pixel_values,
-            "patch_pixels": patch_pixels,
-            "patch_labels": patch_labels,
-            "drawn_labels": drawn_labels.repeat_interleave(drawing.noises_per_picture, dim=0),
         }
+        if self.latents is not None:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + sample)
+            x_1 = self.latents[torch.from_numpy(indices)].float()
+            x_1 = x_1.repeat_interleave(drawing.noises_per_picture, dim=0)
+            density = logit_normal if drawing.timesteps == "logit-normal" else uniform
+            batch["x_0"] = torch.randn(x_1.shape, generator=generator)
+            batch["x_1"] = x_1
+            batch["t"] = density(len(x_1), generator=generator)
+        if "vision" in self.patch_heads:
+            batch["patch_pixels"], batch["patch_labels"] = self.batches.labelled_patches(
+                self.settings.patches.batch_size, sample, self.patches_per_side
+            )
+        if "drawing" in self.patch_heads:
+            labels = self.batches.picture_labels(indices, self.patches_per_side)
+            batch["drawn_labels"] = labels.repeat_interleave(drawing.noises_per_picture, dim=0)
+        if self.alignment is not None:
+            batch["clean_pixels"] = self.batches.pictures(indices)
         if self.image_tokens is not None:
             batch["image_tokens"] = self.image_tokens[torch.from_numpy(indices)].long()
         return batch
 
-    def forward(  # type: ignore[override]
-        self,
-        *,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        x_0: Tensor,
-        x_1: Tensor,
-        t: Tensor,
-        conversation_ids: Tensor,
-        labels: Tensor,
-        blocks: Tensor,
-        position_ids: Tensor,
-        pixel_values: Tensor,
-        patch_pixels: Tensor,
-        patch_labels: Tensor,
-        drawn_labels: Tensor,
-        image_tokens: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Losses of drawing by either head, of looking, and of both kinds of patches."""
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """Losses of drawing by either head, of looking, of both kinds of patches, of alignment."""
         model, settings = self.model, self.settings
-        tokens = model.flow_head.tokens(interpolate(x_0, x_1, t), t)
-        hidden, before_tokens = model.picture_states(
-            prompt_ids, prompt_mask, flow=tokens, image_tokens=image_tokens
+        flow = None
+        if "x_1" in batch:
+            x_t = interpolate(batch["x_0"], batch["x_1"], batch["t"])
+            flow = model.flow_head.tokens(x_t, batch["t"])
+        states = model.picture_states(
+            batch["prompt_ids"],
+            batch["prompt_mask"],
+            flow=flow,
+            image_tokens=batch.get("image_tokens"),
+            inner_layer=None if self.alignment is None else settings.alignment.layer,
         )
-        velocity = model.flow_head.velocity(hidden, tokens)
-        everything = torch.ones_like(blocks)
+        blocks = batch["blocks"]
         logits = model(
-            input_ids=conversation_ids,
-            pixel_values=pixel_values,
-            attention_mask=shared_prefix_mask(blocks, everything, hidden.dtype),
-            position_ids=position_ids,
+            input_ids=batch["conversation_ids"],
+            pixel_values=batch["pixel_values"],
+            attention_mask=shared_prefix_mask(blocks, torch.ones_like(blocks), states.flow.dtype),
+            position_ids=batch["position_ids"],
         ).logits
-        seen = self.patch_heads["vision"](model.vision_model(patch_pixels).last_hidden_state)
-        drawn = self.patch_heads["drawing"](hidden[:, 1:])
-        losses = {
-            "flow": settings.drawing.loss_weight * rectified_flow_loss(velocity, x_0, x_1),
-            "answer": settings.looking.loss_weight * next_token_loss(logits, labels),
-            "vision_patches": settings.patches.vision_weight * patches_loss(seen, patch_labels),
-            "drawn_patches": settings.patches.drawing_weight * patches_loss(drawn, drawn_labels),
-        }
-        if image_tokens is not None:
-            loss = image_token_loss(model.vq_head.logits(before_tokens), image_tokens)
+        losses = {}
+        if flow is not None:
+            velocity = model.flow_head.velocity(states.flow, flow)
+            loss = rectified_flow_loss(velocity, batch["x_0"], batch["x_1"])
+            losses["flow"] = settings.drawing.loss_weight * loss
+        loss = next_token_loss(logits, batch["labels"])
+        losses["answer"] = settings.looking.loss_weight * loss
+        if "patch_pixels" in batch:
+            seen = model.vision_model(batch["patch_pixels"]).last_hidden_state
+            loss = patches_loss(self.patch_heads["vision"](seen), batch["patch_labels"])
+            losses["vision_patches"] = settings.patches.vision_weight * loss
+        if "drawn_labels" in batch:
+            drawn = self.patch_heads["drawing"](states.flow[:, 1:])
+            loss = patches_loss(drawn, batch["drawn_labels"])
+            losses["drawn_patches"] = settings.patches.drawing_weight * loss
+        if self.alignment is not None:
+            assert states.inner is not None
+            with torch.no_grad():
+                features = model.vision_model(batch["clean_pixels"]).last_hidden_state
+            features = features.repeat_interleave(settings.drawing.noises_per_picture, dim=0)
+            loss = alignment_loss(self.alignment(states.inner[:, 1:]), features)
+            losses["alignment"] = settings.alignment.weight * loss
+        if "image_tokens" in batch:
+            loss = image_token_loss(model.vq_head.logits(states.vq), batch["image_tokens"])
             losses["vq"] = settings.drawing.vq_weight * loss
         return losses
 
     def work(self, batch: dict[str, Tensor]) -> dict[str, int]:
         """Places of the language model's rows, and pictures drawn or looked at."""
-        drawn = len(batch["x_1"]) * (1 + self.model.flow_config.num_image_tokens)
-        rows = (
-            batch[name]
-            for name in ("prompt_ids", "conversation_ids", "image_tokens")
-            if name in batch
-        )
-        looked = len(batch["pixel_values"]) + len(batch["patch_pixels"])
-        return {
-            "tokens": drawn + sum(ids.numel() for ids in rows),
-            "images": len(batch["x_1"]) + looked,
-        }
+        places = images = 0
+        for name in ("prompt_ids", "conversation_ids", "image_tokens"):
+            places += batch[name].numel() if name in batch else 0
+        for name in ("x_1", "pixel_values", "patch_pixels"):
+            images += len(batch.get(name, ()))
+        if "x_1" in batch:
+            places += len(batch["x_1"]) * (1 + self.model.flow_config.num_image_tokens)
+        else:
+            images += len(batch["image_tokens"])
+        return {"tokens": places, "images": images}
 
     def sources(self) -> dict[str, str]:
         """The frozen parts."""
         found = {"autoencoder": self.settings.autoencoder}
         if self.settings.vq_tokenizer is not None:
             found["VQ tokenizer"] = self.settings.vq_tokenizer
+        if self.settings.vision_model is not None:
+            found["vision tower"] = self.settings.vision_model
         return found
 
     def _record(self) -> dict[str, Any]:
@@ -340,18 +394,20 @@ class JointObjective(Objective):
         return {
             "data": "shapes",
             "heads": list(self.model.generation_heads),
+            "encoders": "shared" if self._shared else "decoupled",
             "steps": loop.steps,
             "seed": loop.seed,
             "precision": loop.precision,
             "num_pictures": drawing.num_pictures,
-            "captions_a_step": drawing.batch_size,
+            "captions_a_step": drawing.batch_size * loop.microbatches,
             "condition_dropout_prob": drawing.condition_dropout_prob,
         }
 
     def _pipeline(self) -> JanusFlowPipeline:
         from janusflow.pipeline import JanusFlowPipeline
 
-        return JanusFlowPipeline(model=self.model, vae=self.vae, processor=self.processor)
+        vae = self.vae if self.settings.drawing.flow else None
+        return JanusFlowPipeline(model=self.model, vae=vae, processor=self.processor)
 
     def preview(self, step: int, folder: Path) -> dict[str, float]:
         """Scores on held-out prompts and questions, and a sheet of pictures."""
@@ -376,7 +432,10 @@ class JointObjective(Objective):
         return {**scores, "shapes_vqa": score_answers(pipe, num=settings.num)["overall"]}
 
     def export(self, folder: Path) -> None:
-        """Saves the whole pipeline in bfloat16."""
+        """Saves the whole pipeline in bfloat16; of a model with a shared encoder, its record."""
+        if self._shared:
+            write_json(folder / "training.json", self._record())
+            return
         self.vae.register_to_config(_name_or_path="")  # else the folder it was loaded from
         self._pipeline().to(torch.bfloat16).save_pretrained(folder)
         write_json(folder / "model" / "training.json", self._record())
@@ -393,7 +452,45 @@ def patches_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return patch_loss(shape, labels[:, 0]) + patch_loss(color, labels[:, 1])
 
 
-def _processor(folder: Path, sizes: ModelSizes) -> JanusFlowProcessor:
+def _autoencoder(source: str) -> AutoencoderKL:
+    if (Path(source) / "config.json").is_file():
+        return load_autoencoder(source)
+    try:
+        return load_autoencoder(resolve_model_folder(source))
+    except CheckpointError as error:
+        raise SettingsError(
+            f"no autoencoder in {source}; train it first with `janusflow train "
+            "configs/train/tiny/autoencoder.yaml`, or name a model that has one by --autoencoder"
+        ) from error
+
+
+def _vq_tokenizer(source: str) -> JanusVQVAE:
+    if (Path(source) / "config.json").is_file():
+        return JanusVQVAE.from_pretrained(source)
+    try:
+        model = JanusFlowForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+        model.require_head("vq")
+    except (CheckpointError, SettingsError) as error:
+        raise SettingsError(
+            f"no tokenizer of pictures in {source}; train it first with `janusflow train "
+            "configs/train/tiny/vq_tokenizer.yaml`, or name a model that has one by --vq-tokenizer"
+        ) from error
+    return model.vq_head.tokenizer
+
+
+def _take_vision_tower(model: JanusFlowForConditionalGeneration, source: str) -> None:
+    found = JanusFlowForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+    try:
+        model.vision_model.load_state_dict(found.vision_model.state_dict())
+    except RuntimeError as error:
+        raise SettingsError(
+            f"the vision tower of {source} has other sizes than model.vision_width, vision_layers, "
+            f"vision_patch or image_size say: {error}"
+        ) from error
+
+
+def _processor(folder: Path, sizes: ModelSizes, patch: int) -> JanusFlowProcessor:
+    """The processor of a model that looks at pictures in patches of so many pixels a side."""
     if not (folder / "tokenizer.json").is_file():
         write_tokenizer(folder, sizes.vocab_size)
     images = JanusFlowImageProcessor(
@@ -402,7 +499,7 @@ def _processor(folder: Path, sizes: ModelSizes) -> JanusFlowProcessor:
     return JanusFlowProcessor(
         images,
         load_tokenizer(folder),
-        num_image_tokens=(sizes.image_size // sizes.vision_patch) ** 2,
+        num_image_tokens=(sizes.image_size // patch) ** 2,
         prompt_format=PromptFormat(system_prompt=""),
     )
 
@@ -411,7 +508,16 @@ def _model_config(
     settings: JointSettings, vae: AutoencoderKL, processor: JanusFlowProcessor
 ) -> JanusFlowConfig:
     sizes = settings.model
-    return JanusFlowConfig(
+    flow = {
+        "image_size": sizes.image_size,
+        "vae_scale_factor": _scale_of(vae),
+        "latent_channels": vae.config.latent_channels,
+        "hidden_size": sizes.adapter_width,
+        "time_frequencies": sizes.adapter_width,
+        "kernel_size": sizes.adapter_kernel,
+    }
+    kind = SharedEncoderConfig if settings.looking.encoder == "drawing" else JanusFlowConfig
+    return kind(
         text_config={
             "vocab_size": sizes.vocab_size,
             "hidden_size": sizes.language_width,
@@ -430,16 +536,9 @@ def _model_config(
             "hidden_size": sizes.vision_width,
             "num_hidden_layers": sizes.vision_layers,
             "num_attention_heads": sizes.vision_heads,
-            "num_image_tokens": processor.num_image_tokens,
+            "num_image_tokens": (sizes.image_size // sizes.vision_patch) ** 2,
         },
-        flow_config={
-            "image_size": sizes.image_size,
-            "vae_scale_factor": 2 ** (len(vae.config.block_out_channels) - 1),
-            "latent_channels": vae.config.latent_channels,
-            "hidden_size": sizes.adapter_width,
-            "time_frequencies": sizes.adapter_width,
-            "kernel_size": sizes.adapter_kernel,
-        },
+        flow_config=flow if settings.drawing.flow else None,
         image_token_id=processor.image_token_id,
         pad_token_id=processor.pad_token_id,
         drawing_defaults=settings.drawing_defaults or None,
@@ -454,6 +553,11 @@ def _vq_config(tokenizer: JanusVQVAE, sizes: ModelSizes) -> JanusVQVAEConfig:
     return JanusVQVAEConfig(**values)
 
 
+def _scale_of(vae: AutoencoderKL) -> int:
+    """Pixels per latent cell and side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 def _latents_of(vae: AutoencoderKL) -> Callable[[Tensor], Tensor]:
     """Makes scaled latents, float16 (B, C, H/8, W/8), of pixels."""
     vae = vae.to(memory_format=torch.channels_last)
@@ -466,21 +570,28 @@ def _latents_of(vae: AutoencoderKL) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def _encoded(path: Path, settings: JointSettings, encode: Callable[[Tensor], Tensor]) -> Tensor:
+def _encoded(
+    name: str, settings: JointSettings, encode: Callable[[Tensor], Tensor], network: nn.Module
+) -> Tensor:
     """What `encode` makes of all pictures, (pictures, …), made once and kept in a file."""
-    num, size = settings.drawing.num_pictures, settings.model.image_size
-    if path.is_file():
-        kept = load_file(path)[path.stem]
-        if len(kept) == num:
-            return kept
-    parts = []
-    for start in tqdm(range(0, num, 32), desc=path.stem, mininterval=10):
-        rows = range(start, min(start + 32, num))
-        scenes = [picture_scene(settings.loop.seed, index) for index in rows]
-        with torch.autocast("cpu", torch.bfloat16):
-            parts.append(encode(to_pixels([draw(scene, size) for scene in scenes])).cpu())
-    encoded = torch.cat(parts).contiguous()
+    num, size, seed = settings.drawing.num_pictures, settings.model.image_size, settings.loop.seed
+    if settings.cache is None:
+        path = Path(settings.output_dir) / f"{name}.safetensors"
+    else:
+        kept_for = f"{name}-{size}px-{num}-seed{seed}-{module_hash(network)[:12]}"
+        path = Path(settings.cache) / f"{kept_for}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as scratch:
-        save_file({path.stem: encoded}, scratch)
+    with FileLock(path.with_suffix(".lock")):  # another run may be making them
+        if path.is_file():
+            kept = load_file(path)[name]
+            if len(kept) == num:
+                return kept
+        parts = []
+        for start in tqdm(range(0, num, 32), desc=name, mininterval=10):
+            scenes = [picture_scene(seed, i) for i in range(start, min(start + 32, num))]
+            with torch.autocast("cpu", torch.bfloat16):
+                parts.append(encode(to_pixels([draw(scene, size) for scene in scenes])).cpu())
+        encoded = torch.cat(parts).contiguous()
+        with atomic_path(path) as scratch:
+            save_file({name: encoded}, scratch)
     return encoded

@@ -116,11 +116,11 @@ def test_both_heads_have_the_states_of_training_row_by_row(model: Any, dropped: 
         prompt[:, 1:-1] = PAD
         mask[:, 1:-1] = 0
     with torch.no_grad():
-        flow, vq = model.picture_states(
+        alone = model.picture_states(
             prompt, mask, flow=tokens_of(model, rows), image_tokens=rows["image_tokens"]
         )
-    torch.testing.assert_close(found.flow, flow, atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.vq, vq, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.flow, alone.flow, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.vq, alone.vq, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dropped", [False, True])

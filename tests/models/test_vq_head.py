@@ -288,8 +288,8 @@ def test_a_training_pass_sees_what_sampling_sees(both: Model) -> None:
     ids, mask = left_padded(SHORT, LONG)
     tokens = torch.randint(0, 48, (2, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        _, states = both.picture_states(ids, mask, image_tokens=tokens)
-        found = both.vq_head.logits(states)
+        states = both.picture_states(ids, mask, image_tokens=tokens)
+        found = both.vq_head.logits(states.vq)
     expected = forced_logits(both, ids, mask, tokens, pad=None)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
@@ -302,8 +302,8 @@ def test_a_dropped_condition_in_training_is_the_unconditional_row_of_sampling(bo
         dropped[row, -length + 1 : -1] = PAD
         dropped_mask[row, -length + 1 : -1] = 0
     with torch.no_grad():
-        _, states = both.picture_states(dropped, dropped_mask, image_tokens=tokens)
-        found = both.vq_head.logits(states)
+        states = both.picture_states(dropped, dropped_mask, image_tokens=tokens)
+        found = both.vq_head.logits(states.vq)
     expected = forced_logits(both, ids, mask, tokens, pad=PAD)[2:]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
@@ -315,8 +315,9 @@ def test_both_heads_train_in_one_pass_as_they_would_apart(both: Model) -> None:
     with torch.no_grad():
         flow = both.flow_head.tokens(noise(4), torch.tensor([0.1, 0.4, 0.6, 0.9]))
         together = both.picture_states(ids, mask, flow=flow, image_tokens=tokens)
-        flow_alone, nothing = both.picture_states(ids, mask, flow=flow)
-        _, vq_alone = both.picture_states(ids, mask, image_tokens=tokens)
-    assert nothing.shape[1] == 0
-    torch.testing.assert_close(together[0], flow_alone, atol=1e-5, rtol=0)
-    torch.testing.assert_close(together[1], vq_alone, atol=1e-5, rtol=0)
+        flow_alone = both.picture_states(ids, mask, flow=flow)
+        vq_alone = both.picture_states(ids, mask, image_tokens=tokens)
+    assert flow_alone.vq.shape[1] == 0
+    assert vq_alone.flow.shape[0] == 0
+    torch.testing.assert_close(together.flow, flow_alone.flow, atol=1e-5, rtol=0)
+    torch.testing.assert_close(together.vq, vq_alone.vq, atol=1e-5, rtol=0)

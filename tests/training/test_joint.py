@@ -310,3 +310,150 @@ def test_the_shipped_configs_fit_their_settings(name, kind):
 def test_an_unknown_density_of_times_is_refused():
     with pytest.raises(SettingsError, match="logit-normal"):
         fill(JointSettings, {"drawing": {"timesteps": "normal"}})
+
+
+def altered(settings: JointSettings, **changes: dict) -> JointSettings:
+    """Settings with changes by section."""
+    return replace(
+        settings,
+        **{name: replace(getattr(settings, name), **values) for name, values in changes.items()},
+    )
+
+
+def test_a_run_without_the_flow_head_has_the_vq_head_alone(settings):
+    alone = JointObjective(altered(settings, drawing={"flow": False}))
+    assert alone.model.generation_heads == ("vq",)
+    batch = alone.batch(0)
+    assert not {"x_0", "x_1", "t", "drawn_labels"} & set(batch)
+    losses = alone(**batch)
+    assert set(losses) == {"answer", "vq", "vision_patches"}
+    both = JointObjective(settings)
+    assert torch.equal(both.batch(0)["image_tokens"], batch["image_tokens"])
+    work, more = alone.work(batch), both.work(both.batch(0))
+    assert work["images"] == 2 + 4 + 4  # looked at twice over, drawn
+    assert more["tokens"] - work["tokens"] == 4 * 2 * 17
+
+
+def test_no_head_at_all_is_refused(settings):
+    with pytest.raises(SettingsError, match="no head draws"):
+        replace(altered(settings, drawing={"flow": False}), vq_tokenizer=None)
+
+
+def test_alignment_teaches_the_language_model_and_not_the_tower(settings):
+    aligned = JointObjective(
+        altered(
+            settings,
+            patches={"vision_weight": 0.0, "drawing_weight": 0.0},
+            alignment={"weight": 0.5, "layer": 1, "width": 8},
+        )
+    )
+    batch = aligned.batch(0)
+    assert batch["clean_pixels"].shape == (4, 3, 64, 64)
+    indices = np.random.default_rng([0, 4, 0]).integers(64, size=4)
+    expected = to_pixels([draw(picture_scene(0, int(i)), 64) for i in indices])
+    assert torch.equal(batch["clean_pixels"], expected)
+    loss = aligned(**batch)["alignment"]
+    loss.backward()
+    assert -0.5 <= loss.item() <= 0.5
+    model = aligned.model
+    assert all(p.grad is None for p in model.vision_model.parameters())
+    layers = model.language_model.model.layers
+    assert layers[0].mlp.up_proj.weight.grad.abs().max() > 0
+    assert layers[1].mlp.up_proj.weight.grad is None  # it comes after the aligned states
+    assert all(p.grad.abs().max() > 0 for p in aligned.alignment.parameters())
+
+
+def test_alignment_after_a_layer_that_there_is_not_is_refused(settings):
+    with pytest.raises(SettingsError, match=r"alignment.layer is 3, .* has 2"):
+        altered(settings, alignment={"weight": 1.0})
+
+
+@pytest.fixture(scope="module")
+def shared(settings) -> JointObjective:
+    no_patches = {"vision_weight": 0.0, "drawing_weight": 0.0}
+    return JointObjective(altered(settings, looking={"encoder": "drawing"}, patches=no_patches))
+
+
+def test_a_shared_encoder_sees_what_drawing_sees_at_the_end_of_the_path(shared):
+    pixels = shared.batch(0)["pixel_values"]
+    latents = shared.vae.encode(pixels).latent_dist.mean * shared.vae.config.scaling_factor
+    drawn = shared.model.flow_head.tokens(latents.half().float(), torch.ones(len(pixels)))
+    seen = shared.model.get_image_features(pixels)
+    torch.testing.assert_close(seen, drawn.embeddings[:, 1:], atol=1e-5, rtol=0)
+
+
+def test_a_shared_encoder_learns_from_answers_and_the_tower_from_nothing(shared):
+    batch = shared.batch(0)
+    places = (batch["conversation_ids"] == shared.processor.image_token_id).sum(1)
+    assert places.tolist() == [16, 16]
+    shared(**batch)["answer"].backward()
+    assert shared.model.flow_head.encoder_aligner.weight.grad.abs().max() > 0
+    assert not any(p.requires_grad for p in shared.model.vision_model.parameters())
+    assert shared.model.aligner.fc1.weight.requires_grad is False
+    shared.zero_grad()
+
+
+def test_a_shared_encoder_answers_and_draws_through_the_pipeline(shared, tmp_path):
+    pipe = shared._pipeline()
+    image = draw(picture_scene(0, 0), 64)
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]
+    assert isinstance(pipe.chat([{"role": "user", "content": content}], max_new_tokens=2), str)
+    assert pipe("a red circle", num_inference_steps=1).images[0].size == (64, 64)
+    shared.export(tmp_path)
+    assert json.loads((tmp_path / "training.json").read_text())["encoders"] == "shared"
+    with pytest.raises(NotImplementedError, match="no layout"):
+        shared.model.save_pretrained(tmp_path)
+
+
+def test_a_shared_encoder_needs_the_flow_head_and_no_patches_of_the_tower(settings):
+    with pytest.raises(SettingsError, match="needs the flow head"):
+        altered(settings, looking={"encoder": "drawing"}, drawing={"flow": False})
+    with pytest.raises(SettingsError, match=r"set patches.vision_weight to 0"):
+        altered(settings, looking={"encoder": "drawing"})
+    with pytest.raises(SettingsError, match="'vision' or 'drawing', not 'siglip'"):
+        altered(settings, looking={"encoder": "siglip"})
+
+
+def test_parts_of_the_bundled_model_can_be_taken(settings, tmp_path):
+    taken = fill(
+        JointSettings,
+        {
+            "output_dir": str(tmp_path),
+            "autoencoder": "tiny",
+            "vq_tokenizer": "tiny",
+            "vision_model": "tiny",
+            "drawing": {"num_pictures": 2},
+        },
+    )
+    objective = JointObjective(taken)
+    bundled = JanusFlowPipeline.from_pretrained("tiny", torch_dtype=torch.float32)
+    for part in ("vision_model", "vq_head.tokenizer"):
+        ours = objective.model.get_submodule(part).state_dict()
+        theirs = bundled.model.get_submodule(part).state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    language = "language_model.model.layers.0.mlp.up_proj"
+    assert not torch.equal(
+        objective.model.get_submodule(language).weight, bundled.model.get_submodule(language).weight
+    )
+    assert objective.sources()["vision tower"] == "tiny"
+    with pytest.raises(SettingsError, match=r"vision tower of tiny has other sizes"):
+        JointObjective(replace(settings, vision_model="tiny"))
+    with pytest.raises(SettingsError, match=r"no tokenizer of pictures in .*none; train it first"):
+        JointObjective(replace(settings, vq_tokenizer=str(tmp_path / "none")))
+
+
+def test_runs_may_share_what_is_encoded_once(settings, tmp_path):
+    first = JointObjective(replace(settings, cache=str(tmp_path)))
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
+    assert len(files) == 2
+    again = JointObjective(replace(settings, cache=str(tmp_path), output_dir=str(tmp_path / "b")))
+    assert torch.equal(first.latents, again.latents)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")} == files
+    JointObjective(altered(replace(settings, cache=str(tmp_path)), loop={"seed": 1}))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+
+
+def test_the_record_counts_the_captions_of_a_whole_step(settings):
+    assert JointObjective(settings)._record()["captions_a_step"] == 4
+    halves = JointObjective(altered(settings, loop={"microbatches": 2}))
+    assert halves._record()["captions_a_step"] == 8

@@ -181,6 +181,10 @@ class ShapesBatches:
         scenes = [training_scene(rng, TRAINING_SHARES) for _ in range(num)]
         return self._pixels(scenes), self._labels(scenes, patches)
 
+    def pictures(self, indices: np.ndarray) -> Tensor:
+        """The pictures `indices`, (num, 3, H, W) in [-1, 1]."""
+        return self._pixels([picture_scene(self.seed, int(i)) for i in indices])
+
     def picture_labels(self, indices: np.ndarray, patches: int) -> Tensor:
         """What covers the patches of the pictures `indices`, (num, 2, patches, patches)."""
         return self._labels([picture_scene(self.seed, int(i)) for i in indices], patches)
