@@ -156,7 +156,6 @@ def test_a_tracker_that_is_not_there_says_what_to_install(monkeypatch):
 
 
 def test_tensorboard_holds_the_figures_of_a_run_that_went_on(tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for steps in (3, 5):
