@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -23,7 +23,7 @@ def lines(
         objective: Before its weights are spread.
         optimizers: AdamW keeps two moments of each of its weights, Muon one.
         ema_device: Where the averages lie.
-        shares: Among how many processes the weights are spread.
+        shares: Among how many processes all but `objective.whole_modules` is spread.
     """
     for name, child in objective.named_children():
         yield f"{name}: {_counts(child)}"
@@ -32,26 +32,31 @@ def lines(
                 yield f"  {name}.{below}: {_counts(grandchild)}"
     for name, source in objective.sources().items():
         yield f"{name} from {source}"
-    kept = {name: size / shares for name, size in _memory(objective, optimizers).items()}
+    kept = _memory(objective, optimizers, shares)
     parts = ", ".join(f"{name} {_bytes(size)}" for name, size in kept.items())
     yield f"memory of a process: {parts} (on the {ema_device}), in all {_bytes(sum(kept.values()))}"
     yield "  activations are not counted"
 
 
-def _memory(objective: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Counter[str]:
-    """Bytes by what they hold."""
-    kept: Counter[str] = Counter()
-    for tensor in [*objective.parameters(), *objective.buffers()]:
-        kept[f"weights in {_name(tensor)}"] += _size(tensor)
+def _memory(
+    objective: Objective, optimizers: Sequence[torch.optim.Optimizer], shares: int
+) -> dict[str, float]:
+    """Bytes of a process by what they hold."""
+    kept: defaultdict[str, float] = defaultdict(float)
+    whole = {weight for module in objective.whole_modules() for weight in module.parameters()}
+    for weight in objective.parameters():
+        kept[f"weights in {_name(weight)}"] += _size(weight) / (1 if weight in whole else shares)
+    for buffer in objective.buffers():
+        kept[f"weights in {_name(buffer)}"] += _size(buffer)
     trained = [weight for weight in objective.parameters() if weight.requires_grad]
     for weight in trained:
-        kept[f"gradients in {_name(weight)}"] += _size(weight)
+        kept[f"gradients in {_name(weight)}"] += _size(weight) / shares
     for optimizer in optimizers:
         number = 1 if isinstance(optimizer, torch.optim.Muon) else 2
         for group in optimizer.param_groups:
             for weight in group["params"]:
-                kept[f"moments in {_name(weight)}"] += number * _size(weight)
-    kept["averages in float32"] = 4 * sum(weight.numel() for weight in trained)
+                kept[f"moments in {_name(weight)}"] += number * _size(weight) / shares
+    kept["averages in float32"] = 4 * sum(weight.numel() for weight in trained) / shares
     return kept
 
 

@@ -44,6 +44,10 @@ class Objective(nn.Module):
     def load_data_state(self, states: dict[int, Any]) -> None:
         """Takes the streams to where `data_state` said, given for all parts of all processes."""
 
+    def whole_modules(self) -> list[nn.Module]:
+        """Frozen ones that are called outside `forward`, as by `batch`: no process shares them."""
+        return []
+
     def work(self, batch: dict[str, Tensor]) -> dict[str, int]:
         """What a part holds, such as `{"tokens": 4096, "images": 7}`, for figures a second."""
         return {}

@@ -4,9 +4,9 @@ One process, several with whole weights (DDP), or several with weights in shards
 accelerate's configs. Everything that is done to weights outside forward and backward goes through
 `whole` and `laid_out_like`, so that no other module knows of shards.
 
-`accelerate launch` starts several processes on CPUs through MPI only, and one where that is not
-installed. `python -m torch.distributed.run --nproc_per_node 2 -m janusflow.training CONFIG` starts
-two that talk by gloo.
+Without GPUs, processes talk by gloo: `accelerate launch` starts several with `multi_gpu.yaml`, as
+`python -m torch.distributed.run --nproc_per_node 2 -m janusflow.training CONFIG` does. Accelerate
+has shards on accelerators only.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def accelerator_for(
         # Weights are gathered and gradients summed in float32, as without shards. Accelerate's own
         # policy would also round what goes in: times of the path to bfloat16's 8 bits.
         plugin.mixed_precision_policy = MixedPrecisionPolicy()
+        plugin.ignored_modules = objective.whole_modules()  # else called without their weights
     if kind is DistributedType.DEEPSPEED:
         # Batches are ours, so DeepSpeed needs no more than a number here.
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
@@ -94,6 +95,8 @@ def prepare(
     accelerator: Accelerator, objective: Objective, optimizers: list[torch.optim.Optimizer]
 ) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
     """The objective and its optimizers, on the device and laid out over the processes."""
+    for module in objective.whole_modules():
+        module.to(accelerator.device)  # FSDP leaves what it does not spread where it is
     model, *prepared = accelerator.prepare(objective, *optimizers)
     shards = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if shards and accelerator.mixed_precision == "bf16":

@@ -202,6 +202,10 @@ class StageObjective(Objective):
         self._rows.clear()
         self._kept = dict(states)
 
+    def whole_modules(self) -> list[nn.Module]:
+        """The VQ head's tokenizer, which makes the tokens of pictures to draw."""
+        return [self.model.vq_head.tokenizer] if "vq" in self.settings.drawing.heads else []
+
     def _open_rows(
         self, sources: list[Source], data: DataSettings, part: int, **drawing: Any
     ) -> PackedStream:

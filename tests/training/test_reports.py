@@ -61,6 +61,19 @@ def test_the_memory_is_the_sum_of_what_is_kept(name, moments):
     )
 
 
+def test_what_no_process_shares_counts_whole_in_the_memory():
+    class Encoding(Halves):
+        def whole_modules(self):
+            return [self.frozen]
+
+    objective = Encoding()
+    objective.frozen = nn.Linear(1024, 1024, bias=False).bfloat16().requires_grad_(False)
+    objective.register_buffer("table", torch.zeros(1024, 128, dtype=torch.int64))
+    optimizers = build_optimizers(objective, OptimizerSettings())
+    said = list(lines(objective, optimizers, "device", 2))[-2]
+    assert "weights in bfloat16 2.00 MiB, weights in int64 1.00 MiB" in said
+
+
 def test_the_arithmetic_of_a_part_is_counted_and_leaves_nothing():
     objective = Halves()
     batch = objective.batch(0)
