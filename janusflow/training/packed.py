@@ -39,6 +39,7 @@ def packed_states(
     *,
     flow: FlowTokens | None = None,
     image_tokens: Tensor | None = None,
+    idle: Tensor | None = None,
     inner_layer: int | None = None,
 ) -> PackedStates:
     """Runs the language model over rows of `janusflow.data.packing.Packer`.
@@ -48,6 +49,7 @@ def packed_states(
         rows: Of `Packer.rows`.
         flow: Of `flow_head.tokens`, in the order of their places, G.
         image_tokens: Of the VQ head, in the order of their places, (G, N).
+        idle: A 0 that is added to the embeddings for the sake of what made it.
         inner_layer: After how many layers states are wanted, too.
     """
     kinds = rows["kinds"]
@@ -56,6 +58,8 @@ def packed_states(
         embeddings = _placed(embeddings, kinds == FLOW, flow.embeddings)
     if image_tokens is not None:
         embeddings = _placed(embeddings, kinds == VQ, model.vq_head.embed(image_tokens[:, :-1]))
+    if idle is not None:
+        embeddings = embeddings + idle
     output = model.language_model.model(
         inputs_embeds=embeddings,
         attention_mask=attention_mask(

@@ -262,8 +262,9 @@ class StageObjective(Objective):
     def forward(self, **rows: Tensor) -> dict[str, Tensor]:
         """Losses of answers, of drawing by either head, and of alignment.
 
-        A loss of what no sample of the rows has is 0; its weights take part all the same, as
-        processes that share them have to.
+        A loss of what no sample of the rows has is 0; its weights take part all the same. The
+        layers are called in one order whatever the rows hold, as processes with shards of them
+        have to: the vision tower, the language model, the vision tower again for alignment.
         """
         settings, model = self.settings, self.model
         flow = None
@@ -275,11 +276,10 @@ class StageObjective(Objective):
             rows,
             flow=flow,
             image_tokens=rows.get("image_tokens"),
+            idle=self._idle(rows),
             inner_layer=None if self.alignment is None else settings.alignment.layer,
         )
         answer = answer_loss(model.get_output_embeddings(), states.last, rows["labels"])
-        if "pixel_values" not in rows:
-            answer = answer + self._idle_looking()
         losses = {"answer": settings.answer_weight * answer}
         if "flow" in settings.drawing.heads:
             losses |= self._flow_losses(rows, flow, states)
@@ -291,11 +291,8 @@ class StageObjective(Objective):
         self, rows: dict[str, Tensor], flow: FlowTokens | None, states: PackedStates
     ) -> dict[str, Tensor]:
         settings, head = self.settings, self.model.flow_head
-        clean = rows.get("clean_pixels")
         if flow is None:
-            side = head.config.latent_size
-            blank = states.last.new_zeros(1, head.config.latent_channels, side, side)
-            idle = head.tokens(blank, blank.new_zeros(1))
+            idle = self._blank_tokens()
             loss = 0 * head.velocity(idle.embeddings, idle).sum()
             inner: Tensor | None = idle.embeddings[:, 1:]
         else:
@@ -306,31 +303,50 @@ class StageObjective(Objective):
         if self.alignment is not None:
             assert inner is not None
             predicted = self.alignment(inner)
-            if clean is None:
-                loss = 0 * predicted.sum()
-            else:
-                with torch.no_grad():
-                    features = self.model.vision_model(clean).last_hidden_state
-                noises = len(predicted) // len(features)
-                loss = alignment_loss(predicted, features.repeat_interleave(noises, dim=0))
-            losses["alignment"] = settings.alignment.weight * loss
+            with torch.no_grad():
+                clean = self._blank_picture() if flow is None else rows["clean_pixels"]
+                features = self.model.vision_model(clean).last_hidden_state
+            noises = len(predicted) // len(features)
+            loss = alignment_loss(predicted, features.repeat_interleave(noises, dim=0))
+            losses["alignment"] = settings.alignment.weight * (0 * loss if flow is None else loss)
         return losses
 
     def _vq_loss(self, rows: dict[str, Tensor], states: PackedStates) -> Tensor:
         head = self.model.vq_head
         if "image_tokens" in rows:
             return image_token_loss(head.logits(states.vq), rows["image_tokens"])
-        blank = torch.zeros(1, 1, dtype=torch.long, device=states.last.device)
-        return 0 * head.logits(head.embed(blank)).sum()
+        return 0 * head.logits(states.last[:, :1]).sum()
 
-    def _idle_looking(self) -> Tensor:
-        model = self.model
-        size = model.config.vision_config.image_size
-        blank = torch.zeros(1, 3, size, size, device=model.device)
-        idle = 0 * model.get_image_features(blank).sum()
-        return (
-            idle + 0 * model.begin_embedding.sum() if model.config.learned_begin_embedding else idle
-        )
+    # What rows lack
+
+    def _idle(self, rows: dict[str, Tensor]) -> Tensor:
+        """0, by way of every encoder that the rows have no input for.
+
+        The language model reads it, so that what needs a gradient, and in which order backward
+        gets there, is the same for all rows.
+        """
+        model, heads = self.model, self.settings.drawing.heads
+        outputs = []
+        if "pixel_values" not in rows:
+            outputs.append(model.get_image_features(self._blank_picture()))
+            if model.config.learned_begin_embedding:
+                outputs.append(model.begin_embedding)
+        if "flow" in heads and "x_1" not in rows:
+            outputs.append(self._blank_tokens().embeddings)
+        if "vq" in heads and "image_tokens" not in rows:
+            outputs.append(model.vq_head.embed(rows["ids"].new_zeros(1, 1)))
+        idle = torch.zeros((), device=rows["ids"].device)
+        return idle + sum(0 * output.sum() for output in outputs)
+
+    def _blank_picture(self) -> Tensor:
+        size = self.model.config.vision_config.image_size
+        return torch.zeros(1, 3, size, size, device=self.model.device)
+
+    def _blank_tokens(self) -> FlowTokens:
+        head = self.model.flow_head
+        side = head.config.latent_size
+        blank = torch.zeros(1, head.config.latent_channels, side, side, device=self.model.device)
+        return head.tokens(blank, blank.new_zeros(1))
 
     # Hooks of the loop
 
