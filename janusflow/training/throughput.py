@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from janusflow.training.processes import sharded
+
 _MOST_ROWS = 8192
 
 
@@ -69,7 +71,11 @@ def count_arithmetic(objective: nn.Module, batch: dict[str, Tensor]) -> Arithmet
             FlopCounterMode(display=False) as counter,
         ):
             total = sum(objective(**batch).values())
-            torch.autograd.grad(total, weights, allow_unused=True)
+            if sharded(objective):  # autograd knows the gathered weights, which are not at hand
+                total.backward()
+                objective.zero_grad(set_to_none=True)
+            else:
+                torch.autograd.grad(total, weights, allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
