@@ -87,7 +87,7 @@ def curve(folder: Path) -> list[dict[str, float]]:
     ]
 
 
-def _let_processors_shard() -> None:
+def let_processors_shard() -> None:
     """Accelerate has FSDP on accelerators only; its code and PyTorch's run on CPUs as well."""
     begin()._shared_state["distributed_type"] = "MULTI_GPU"
 
@@ -96,6 +96,6 @@ if __name__ == "__main__":
     import os
 
     if os.environ.get("ACCELERATE_USE_FSDP"):
-        _let_processors_shard()
+        let_processors_shard()
     settings = loop(**json.loads(sys.argv[2]))
     sys.exit(0 if train(Streams(settings), settings, Path(sys.argv[1])) else 3)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import DistributedType
+from launching import ACCELERATE, TESTS, in_two_processes, launched
 from safetensors.torch import load_file
 from toy_run import Regression, Streams, curve, loop
 
@@ -19,7 +20,6 @@ from janusflow.errors import SettingsError
 from janusflow.training import processes
 from janusflow.training.loop import LoopSettings, train
 
-TESTS = Path(__file__).parents[1]
 SHARDS = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -27,22 +27,6 @@ SHARDS = {
     "FSDP_MIN_NUM_PARAMS": "20",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
-
-
-def in_two_processes(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """`accelerate launch` would start one process here: several on CPUs it leaves to MPI."""
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *arguments],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
-            "OMP_NUM_THREADS": "1",
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
 
 
 def toy_in_two_processes(folder: Path, settings: dict, **environment: str):
@@ -186,7 +170,7 @@ def test_two_processes_make_the_curve_of_one(tmp_path):
         [sys.executable, *command, str(tmp_path / "one")],
         env=environment, check=True, capture_output=True,
     )  # fmt: skip
-    two = in_two_processes(*command, str(tmp_path / "two"))
+    two = launched(ACCELERATE / "multi_gpu.yaml", *command, str(tmp_path / "two"))
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("starting at step 0") == 1
     one, other = (curve(tmp_path / run) for run in ("one", "two"))
