@@ -146,7 +146,8 @@ def train(
         checkpoints.clean(output_dir)
         write_json(output_dir / "settings.json", {**config, "versions": versions()})
     logs = Logs(accelerator, output_dir, start, config)
-    logs.say(f"starting at step {start} of {settings.steps}")
+    several = f" in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    logs.say(f"starting at step {start} of {settings.steps}{several}")
     forward: Any = torch.compile(model) if settings.compile else model
 
     parameters = [p for p in objective.parameters() if p.requires_grad]

@@ -172,7 +172,7 @@ def test_two_processes_make_the_curve_of_one(tmp_path):
     )  # fmt: skip
     two = launched(ACCELERATE / "multi_gpu.yaml", *command, str(tmp_path / "two"))
     assert two.returncode == 0, two.stderr
-    assert two.stdout.count("starting at step 0") == 1
+    assert two.stdout.count("starting at step 0 of 6 in 2 processes") == 1
     one, other = (curve(tmp_path / run) for run in ("one", "two"))
     assert len(one) == 7
     for a, b in zip(one, other, strict=True):
