@@ -8,6 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"num_inference_steps": 6, "solver": "dpm++2m", "shift": 1.6},
+    "fast": {
+        "num_inference_steps": 6,
+        "solver": "dpm++2m",
+        "shift": 2.25,
+        "guidance_scale": 1.75,
+    },
 }
 """Arguments of the pipeline by name; all are of the flow head."""
