@@ -9,7 +9,6 @@ Axes: B batch, C latent channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,32 +17,28 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from einops import rearrange
-from filelock import FileLock
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers.models.janus.configuration_janus import JanusVQVAEConfig
-from transformers.models.janus.modeling_janus import JanusVQVAE
 
-from janusflow.data.shapes.batches import ShapesBatches, picture_scene
-from janusflow.data.shapes.scene import COLORS, SHAPES, draw
-from janusflow.data.shapes.tokenizer import write_tokenizer
-from janusflow.errors import CheckpointError, SettingsError
-from janusflow.evaluation.features import module_hash
-from janusflow.files import atomic_path, write_json
+from janusflow.data.shapes.batches import ShapesBatches
+from janusflow.data.shapes.scene import COLORS, SHAPES
+from janusflow.errors import SettingsError
+from janusflow.files import write_json
 from janusflow.flow.path import interpolate
 from janusflow.flow.timesteps import logit_normal, uniform
-from janusflow.models.autoencoder import load_autoencoder
-from janusflow.models.checkpoints import resolve_model_folder
-from janusflow.models.configuration import JanusFlowConfig
 from janusflow.models.modeling import JanusFlowForConditionalGeneration
 from janusflow.models.prefix import shared_prefix_mask
-from janusflow.processing.images import JanusFlowImageProcessor
-from janusflow.processing.processor import JanusFlowProcessor
-from janusflow.processing.prompts import PromptFormat
-from janusflow.processing.tokenizer import load_tokenizer
 from janusflow.training.alignment import AlignmentHead, AlignmentSettings, alignment_loss
-from janusflow.training.autoencoder import to_pixels
+from janusflow.training.joint_parts import (
+    encoded_pictures,
+    find_autoencoder,
+    find_vq_tokenizer,
+    latents_of,
+    model_config,
+    new_processor,
+    scale_of,
+    take_vision_tower,
+    vq_config,
+)
 from janusflow.training.loop import LoopSettings, Objective
 from janusflow.training.losses import (
     image_token_loss,
@@ -51,7 +46,7 @@ from janusflow.training.losses import (
     patch_loss,
     rectified_flow_loss,
 )
-from janusflow.training.shared_encoder import SharedEncoderConfig, SharedEncoderModel
+from janusflow.training.shared_encoder import SharedEncoderModel
 
 if TYPE_CHECKING:
     from janusflow.pipeline import JanusFlowPipeline
@@ -213,21 +208,21 @@ class JointObjective(Objective):
         super().__init__()
         self.settings = settings
         folder = Path(settings.output_dir)
-        vae = _autoencoder(settings.autoencoder).requires_grad_(False)
+        vae = find_autoencoder(settings.autoencoder).requires_grad_(False)
         self._frozen = {"vae": vae}  # in a dict: no part of what is trained and saved
         self._shared = settings.looking.encoder == "drawing"
         sizes = settings.model
         self.patches_per_side = sizes.image_size // sizes.vision_patch
-        looked_at = 2 * _scale_of(vae) if self._shared else sizes.vision_patch
-        self.processor = _processor(folder / "tokenizer", sizes, looked_at)
-        config = _model_config(settings, vae, self.processor)
+        looked_at = 2 * scale_of(vae) if self._shared else sizes.vision_patch
+        self.processor = new_processor(folder / "tokenizer", sizes, looked_at)
+        config = model_config(settings, vae, self.processor)
         if settings.vq_tokenizer is not None:
-            tokenizer = _vq_tokenizer(settings.vq_tokenizer)
-            config.vq_config = _vq_config(tokenizer, sizes)
+            tokenizer = find_vq_tokenizer(settings.vq_tokenizer)
+            config.vq_config = vq_config(tokenizer, sizes)
         torch.manual_seed(settings.loop.seed)
         if self._shared:
             self.model: JanusFlowForConditionalGeneration = SharedEncoderModel(
-                config, _latents_of(vae)
+                config, latents_of(vae)
             )
         else:
             self.model = JanusFlowForConditionalGeneration(config)
@@ -235,7 +230,7 @@ class JointObjective(Objective):
             self.model.vq_head.tokenizer.load_state_dict(tokenizer.state_dict())
             self.model.vq_head.tokenizer.requires_grad_(False)
         if settings.vision_model is not None:
-            _take_vision_tower(self.model, settings.vision_model)
+            take_vision_tower(self.model, settings.vision_model)
         # On a CPU the backward pass of the fused attention takes longer than matrices this small.
         self.model.set_attn_implementation("eager")
         self.patch_heads = nn.ModuleDict()
@@ -252,9 +247,9 @@ class JointObjective(Objective):
         self.batches = ShapesBatches(self.processor, settings.loop.seed)
         self.latents = self.image_tokens = None
         if settings.drawing.flow:
-            self.latents = _encoded("latents", settings, _latents_of(vae), vae)
+            self.latents = encoded_pictures("latents", settings, latents_of(vae), vae)
         if settings.vq_tokenizer is not None:
-            self.image_tokens = _encoded(
+            self.image_tokens = encoded_pictures(
                 "image_tokens",
                 settings,
                 lambda pixels: self.model.vq_head.encode(pixels).to(torch.int32),
@@ -450,148 +445,3 @@ def patches_loss(logits: Tensor, labels: Tensor) -> Tensor:
     logits = rearrange(logits, "b n (p c) -> b (n p) c", p=patches_per_token)
     shape, color = logits.split([1 + len(SHAPES), 1 + len(COLORS)], dim=-1)
     return patch_loss(shape, labels[:, 0]) + patch_loss(color, labels[:, 1])
-
-
-def _autoencoder(source: str) -> AutoencoderKL:
-    if (Path(source) / "config.json").is_file():
-        return load_autoencoder(source)
-    try:
-        return load_autoencoder(resolve_model_folder(source))
-    except CheckpointError as error:
-        raise SettingsError(
-            f"no autoencoder in {source}; train it first with `janusflow train "
-            "configs/train/tiny/autoencoder.yaml`, or name a model that has one by --autoencoder"
-        ) from error
-
-
-def _vq_tokenizer(source: str) -> JanusVQVAE:
-    if (Path(source) / "config.json").is_file():
-        return JanusVQVAE.from_pretrained(source)
-    try:
-        model = JanusFlowForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
-        model.require_head("vq")
-    except (CheckpointError, SettingsError) as error:
-        raise SettingsError(
-            f"no tokenizer of pictures in {source}; train it first with `janusflow train "
-            "configs/train/tiny/vq_tokenizer.yaml`, or name a model that has one by --vq-tokenizer"
-        ) from error
-    return model.vq_head.tokenizer
-
-
-def _take_vision_tower(model: JanusFlowForConditionalGeneration, source: str) -> None:
-    found = JanusFlowForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
-    try:
-        model.vision_model.load_state_dict(found.vision_model.state_dict())
-    except RuntimeError as error:
-        raise SettingsError(
-            f"the vision tower of {source} has other sizes than model.vision_width, vision_layers, "
-            f"vision_patch or image_size say: {error}"
-        ) from error
-
-
-def _processor(folder: Path, sizes: ModelSizes, patch: int) -> JanusFlowProcessor:
-    """The processor of a model that looks at pictures in patches of so many pixels a side."""
-    if not (folder / "tokenizer.json").is_file():
-        write_tokenizer(folder, sizes.vocab_size)
-    images = JanusFlowImageProcessor(
-        image_size=sizes.image_size, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
-    return JanusFlowProcessor(
-        images,
-        load_tokenizer(folder),
-        num_image_tokens=(sizes.image_size // patch) ** 2,
-        prompt_format=PromptFormat(system_prompt=""),
-    )
-
-
-def _model_config(
-    settings: JointSettings, vae: AutoencoderKL, processor: JanusFlowProcessor
-) -> JanusFlowConfig:
-    sizes = settings.model
-    flow = {
-        "image_size": sizes.image_size,
-        "vae_scale_factor": _scale_of(vae),
-        "latent_channels": vae.config.latent_channels,
-        "hidden_size": sizes.adapter_width,
-        "time_frequencies": sizes.adapter_width,
-        "kernel_size": sizes.adapter_kernel,
-    }
-    kind = SharedEncoderConfig if settings.looking.encoder == "drawing" else JanusFlowConfig
-    return kind(
-        text_config={
-            "vocab_size": sizes.vocab_size,
-            "hidden_size": sizes.language_width,
-            "intermediate_size": sizes.language_mlp,
-            "num_hidden_layers": sizes.language_layers,
-            "num_attention_heads": sizes.language_heads,
-            "num_key_value_heads": sizes.language_heads,
-            "max_position_embeddings": sizes.max_positions,
-            "bos_token_id": processor.bos_token_id,
-            "eos_token_id": processor.eos_token_id,
-            "pad_token_id": processor.pad_token_id,
-        },
-        vision_config={
-            "image_size": sizes.image_size,
-            "patch_size": sizes.vision_patch,
-            "hidden_size": sizes.vision_width,
-            "num_hidden_layers": sizes.vision_layers,
-            "num_attention_heads": sizes.vision_heads,
-            "num_image_tokens": (sizes.image_size // sizes.vision_patch) ** 2,
-        },
-        flow_config=flow if settings.drawing.flow else None,
-        image_token_id=processor.image_token_id,
-        pad_token_id=processor.pad_token_id,
-        drawing_defaults=settings.drawing_defaults or None,
-    )
-
-
-def _vq_config(tokenizer: JanusVQVAE, sizes: ModelSizes) -> JanusVQVAEConfig:
-    width = sizes.language_width
-    values = {**tokenizer.config.to_dict(), "projection_dim": width, "image_token_embed_dim": width}
-    values.pop("model_type")
-    values["_name_or_path"] = ""  # the folder it was loaded from
-    return JanusVQVAEConfig(**values)
-
-
-def _scale_of(vae: AutoencoderKL) -> int:
-    """Pixels per latent cell and side."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
-
-
-def _latents_of(vae: AutoencoderKL) -> Callable[[Tensor], Tensor]:
-    """Makes scaled latents, float16 (B, C, H/8, W/8), of pixels."""
-    vae = vae.to(memory_format=torch.channels_last)
-
-    def encode(pixels: Tensor) -> Tensor:
-        mean = vae.encode(pixels.to(vae.device)).latent_dist.mean
-        return (mean.float() * vae.config.scaling_factor).half()
-
-    return encode
-
-
-@torch.no_grad()
-def _encoded(
-    name: str, settings: JointSettings, encode: Callable[[Tensor], Tensor], network: nn.Module
-) -> Tensor:
-    """What `encode` makes of all pictures, (pictures, …), made once and kept in a file."""
-    num, size, seed = settings.drawing.num_pictures, settings.model.image_size, settings.loop.seed
-    if settings.cache is None:
-        path = Path(settings.output_dir) / f"{name}.safetensors"
-    else:
-        kept_for = f"{name}-{size}px-{num}-seed{seed}-{module_hash(network)[:12]}"
-        path = Path(settings.cache) / f"{kept_for}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):  # another run may be making them
-        if path.is_file():
-            kept = load_file(path)[name]
-            if len(kept) == num:
-                return kept
-        parts = []
-        for start in tqdm(range(0, num, 32), desc=name, mininterval=10):
-            scenes = [picture_scene(seed, i) for i in range(start, min(start + 32, num))]
-            with torch.autocast("cpu", torch.bfloat16):
-                parts.append(encode(to_pixels([draw(scene, size) for scene in scenes])).cpu())
-        encoded = torch.cat(parts).contiguous()
-        with atomic_path(path) as scratch:
-            save_file({name: encoded}, scratch)
-    return encoded
