@@ -53,6 +53,12 @@ class AblationSettings:
     def __post_init__(self) -> None:
         if not self.runs or not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise SettingsError("runs names one run or more, and seeds one or more, all different")
+        folders = {_folder_name(name) for name in self.runs}
+        if len(folders) < len(self.runs) or any("/" in folder for folder in folders):
+            raise SettingsError(
+                f"runs are {', '.join(self.runs)}; their names have no '/', and differ by more "
+                "than blanks and dashes"
+            )
         for hypothesis in self.hypotheses:
             for side in (hypothesis.better, hypothesis.than):
                 if _side(side)[0] not in self.runs:
@@ -99,15 +105,17 @@ def run_ablation(
         The tables, in Markdown.
 
     Raises:
-        SettingsError: If the design does not hold together.
+        SettingsError: If the design does not hold together, or `jobs` is below 1.
         JanusFlowError: If a run fails; its log is named.
     """
+    if jobs < 1:
+        raise SettingsError(f"jobs is at least 1, not {jobs}")
     values = read_yaml(config)
     settings = fill(AblationSettings, values)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     places = {
-        (name, seed): folder / f"{name.replace(' ', '-')}-seed{seed}"
+        (name, seed): folder / f"{_folder_name(name)}-seed{seed}"
         for name in settings.runs
         for seed in settings.seeds
     }
@@ -182,6 +190,10 @@ def outcome(difference: Figure) -> str:
     if abs(difference.mean) <= 2 * difference.error:
         return "undecided"
     return "holds" if difference.mean > 0 else "the contrary"
+
+
+def _folder_name(run: str) -> str:
+    return run.replace(" ", "-")
 
 
 def _side(text: str) -> tuple[str, str]:

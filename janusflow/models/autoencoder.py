@@ -73,14 +73,18 @@ def load_autoencoder(
     return vae.eval()
 
 
+def scale_factor(vae: AutoencoderKL) -> int:
+    """Pixels per latent cell and side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 def check_fit(vae: AutoencoderKL, config: FlowHeadConfig) -> None:
     """Refuses an autoencoder that makes other latents than the flow head's.
 
     Raises:
         CheckpointError: Naming what differs.
     """
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    found = (vae.config.latent_channels, factor)
+    found = (vae.config.latent_channels, scale_factor(vae))
     expected = (config.latent_channels, config.vae_scale_factor)
     if found != expected:
         raise CheckpointError(

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, Sigl
 
 from janusflow.errors import CheckpointError, SettingsError
 from janusflow.files import atomic_folder, write_json
-from janusflow.models.autoencoder import SDXL_VAE, load_autoencoder
+from janusflow.models.autoencoder import SDXL_VAE, load_autoencoder, scale_factor
 from janusflow.models.checkpoints import resolve_model_folder
 from janusflow.models.configuration import JanusFlowConfig
 from janusflow.models.modeling import JanusFlowForConditionalGeneration
@@ -95,7 +95,7 @@ def assemble(settings: AssembleSettings) -> Path:
         },
         flow_config={
             "image_size": seen.image_size,
-            "vae_scale_factor": 2 ** (len(vae.config.block_out_channels) - 1),
+            "vae_scale_factor": scale_factor(vae),
             "latent_channels": vae.config.latent_channels,
             **settings.flow,
         },

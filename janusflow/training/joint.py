@@ -25,6 +25,7 @@ from janusflow.errors import SettingsError
 from janusflow.files import write_json
 from janusflow.flow.path import interpolate
 from janusflow.flow.timesteps import logit_normal, uniform
+from janusflow.models.autoencoder import scale_factor
 from janusflow.models.modeling import JanusFlowForConditionalGeneration
 from janusflow.models.prefix import shared_prefix_mask
 from janusflow.training.alignment import AlignmentHead, AlignmentSettings, alignment_loss
@@ -35,7 +36,6 @@ from janusflow.training.joint_parts import (
     latents_of,
     model_config,
     new_processor,
-    scale_of,
     take_vision_tower,
     vq_config,
 )
@@ -84,9 +84,9 @@ class DrawingSettings:
     """Whether the model has the flow head. The VQ head it has where there is a tokenizer."""
     num_pictures: int = 60_000
     batch_size: int = 64
-    """Captions a step."""
+    """Captions of a part of a step, see `loop.microbatches`."""
     noises_per_picture: int = 3
-    """Points of the path a picture is trained at in a step; they share the caption's tokens."""
+    """Points of the path a picture is trained at in a part; they share the caption's tokens."""
     prompt_length: int = 28
     """Tokens a prompt is padded to."""
     condition_dropout_prob: float = 0.1
@@ -135,7 +135,7 @@ class PatchSettings:
     """
 
     batch_size: int = 32
-    """Pictures a step for the vision tower, besides those of the conversations."""
+    """Pictures of a part for the vision tower, besides those of the conversations."""
     vision_weight: float = 0.5
     drawing_weight: float = 0.25
 
@@ -213,7 +213,7 @@ class JointObjective(Objective):
         self._shared = settings.looking.encoder == "drawing"
         sizes = settings.model
         self.patches_per_side = sizes.image_size // sizes.vision_patch
-        looked_at = 2 * scale_of(vae) if self._shared else sizes.vision_patch
+        looked_at = 2 * scale_factor(vae) if self._shared else sizes.vision_patch
         self.processor = new_processor(folder / "tokenizer", sizes, looked_at)
         config = model_config(settings, vae, self.processor)
         if settings.vq_tokenizer is not None:

@@ -24,7 +24,7 @@ from janusflow.data.shapes.tokenizer import write_tokenizer
 from janusflow.errors import CheckpointError, SettingsError
 from janusflow.evaluation.features import module_hash
 from janusflow.files import atomic_path
-from janusflow.models.autoencoder import load_autoencoder
+from janusflow.models.autoencoder import encode, load_autoencoder, scale_factor
 from janusflow.models.checkpoints import resolve_model_folder
 from janusflow.models.configuration import JanusFlowConfig
 from janusflow.models.modeling import JanusFlowForConditionalGeneration
@@ -113,7 +113,7 @@ def model_config(
     sizes = settings.model
     flow = {
         "image_size": sizes.image_size,
-        "vae_scale_factor": scale_of(vae),
+        "vae_scale_factor": scale_factor(vae),
         "latent_channels": vae.config.latent_channels,
         "hidden_size": sizes.adapter_width,
         "time_frequencies": sizes.adapter_width,
@@ -157,20 +157,10 @@ def vq_config(tokenizer: JanusVQVAE, sizes: ModelSizes) -> JanusVQVAEConfig:
     return JanusVQVAEConfig(**values)
 
 
-def scale_of(vae: AutoencoderKL) -> int:
-    """Pixels per latent cell and side."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
-
-
 def latents_of(vae: AutoencoderKL) -> Callable[[Tensor], Tensor]:
     """Makes scaled latents, float16 (B, C, H/8, W/8), of pixels."""
     vae = vae.to(memory_format=torch.channels_last)
-
-    def encode(pixels: Tensor) -> Tensor:
-        mean = vae.encode(pixels.to(vae.device)).latent_dist.mean
-        return (mean.float() * vae.config.scaling_factor).half()
-
-    return encode
+    return lambda pixels: encode(vae, pixels).half()
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from janusflow.errors import CheckpointError
 from janusflow.models.configuration import JanusFlowConfig
 from janusflow.models.modeling import JanusFlowForConditionalGeneration
 from janusflow.models.placeholders import find_placeholders
@@ -53,5 +54,9 @@ class SharedEncoderModel(JanusFlowForConditionalGeneration):
         return find_placeholders(input_ids, num_tokens, self.config.image_token_id), num_tokens
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:
-        """Refuses: loaded again, it would look through another encoder."""
-        raise NotImplementedError("a model with one shared encoder has no layout to be saved in")
+        """Refuses: loaded again, it would look through another encoder.
+
+        Raises:
+            CheckpointError: Always.
+        """
+        raise CheckpointError("a model with one shared encoder has no layout to be saved in")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from janusflow.data.stream import SampleStream
 from janusflow.errors import SettingsError
 from janusflow.evaluation.features import module_hash
 from janusflow.flow.path import interpolate, velocity_target
+from janusflow.models.autoencoder import encode
 from janusflow.models.checkpoints import resolve_model_folder, weights_hash
 from janusflow.models.flow_head import FlowTokens
 from janusflow.models.modeling import JanusFlowForConditionalGeneration
@@ -235,7 +235,7 @@ class StageObjective(Objective):
             image_size = model.vq_head.image_size
         if "flow" in heads:
             assert vae is not None
-            latents = self._cached(_latents_by(vae), "latents", vae)
+            latents = self._cached(lambda pixels: encode(vae, pixels).half().cpu(), "latents", vae)
             flow_tokens = 1 + model.flow_config.num_image_tokens
             image_size = model.flow_config.image_size
         return SpanMaker(
@@ -487,16 +487,6 @@ def _alignment_head(
     return AlignmentHead(
         config.text_config.hidden_size, config.vision_config.hidden_size, settings.alignment.width
     )
-
-
-def _latents_by(vae: AutoencoderKL) -> Encode:
-    """Makes scaled latents, float16 (1, C, H/8, W/8), of pixels: the mean of the posterior."""
-
-    def encode(pixels: Tensor) -> Tensor:
-        mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean
-        return (mean.float() * vae.config.scaling_factor).half().cpu()
-
-    return encode
 
 
 def _tokens_by(model: JanusFlowForConditionalGeneration) -> Encode:

@@ -80,6 +80,17 @@ def test_a_hypothesis_names_runs_of_the_design():
         AblationSettings("x.yaml", {"base": {}}, seeds=[1, 1])
 
 
+@pytest.mark.parametrize("names", [["a/b"], ["a b", "a-b"]])
+def test_every_run_has_a_folder_of_its_own(names):
+    with pytest.raises(SettingsError, match="differ by more than blanks and dashes"):
+        AblationSettings("x.yaml", {name: {} for name in names})
+
+
+def test_no_jobs_at_all_are_refused(tmp_path):
+    with pytest.raises(SettingsError, match="jobs is at least 1, not 0"):
+        run_ablation(DESIGN, tmp_path, jobs=0)
+
+
 def test_runs_of_the_shipped_design_change_settings_that_there_are():
     from janusflow.training.joint import JointSettings
 
