@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -24,6 +25,7 @@ from janusflow.training.joint import (
     JointSettings,
     patches_loss,
 )
+from janusflow.training.joint_parts import latents_of
 from janusflow.training.loop import train
 from janusflow.training.losses import patch_loss
 from janusflow.training.run import run
@@ -457,3 +459,13 @@ def test_the_record_counts_the_captions_of_a_whole_step(settings):
     assert JointObjective(settings)._record()["captions_a_step"] == 4
     halves = JointObjective(altered(settings, loop={"microbatches": 2}))
     assert halves._record()["captions_a_step"] == 8
+
+
+def test_latents_are_shifted_and_scaled_as_decoding_undoes_it(objective):
+    vae = copy.deepcopy(objective.vae)
+    pixels = objective.batch(0)["pixel_values"]
+    plain = latents_of(vae)(pixels).float()
+    vae.register_to_config(shift_factor=0.5)
+    shifted = latents_of(vae)(pixels).float()
+    expected = torch.full_like(plain, 0.5 * vae.config.scaling_factor)
+    torch.testing.assert_close(plain - shifted, expected, atol=1e-2, rtol=0)
