@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from janusflow.data.shapes import draw, sample_scene
+from janusflow.models.autoencoder import scale_factor
+from janusflow.training.found_parts import find_autoencoder
 from janusflow.training.loop import LoopSettings, Objective
 
 
@@ -26,6 +28,10 @@ class AutoencoderSettings:
 
     task: str = "autoencoder"
     output_dir: str = "runs/autoencoder"
+    encoder: str | None = None
+    """Folder of an autoencoder that is taken over with its sizes; its encoder is frozen and its
+    decoder trained on, so that a model trained on its latents stays valid. None = all of it is
+    trained from nothing."""
     image_size: int = 64
     latent_channels: int = 4
     block_out_channels: list[int] = field(default_factory=lambda: [16, 32, 64, 128])
@@ -41,6 +47,8 @@ class AutoencoderSettings:
     """Step from which on the latents are noisy; before, the pictures come out sharp sooner."""
     object_weight: float = 4.0
     """Pixels of objects count so many times more than those of the background."""
+    object_margin: int = 0
+    """Pixels around objects that count as theirs; with none, edges lean outward."""
     loop: LoopSettings = field(default_factory=LoopSettings)
 
 
@@ -50,10 +58,15 @@ def to_pixels(pictures: list[Image.Image]) -> Tensor:
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def object_weights(pixels: Tensor, weight: float) -> Tensor:
-    """`weight` on the objects of shapes pictures (B, 3, H, W) and 1 elsewhere, (B, 1, H, W)."""
+def object_weights(pixels: Tensor, weight: float, margin: int = 0) -> Tensor:
+    """Weights of the pixels of shapes pictures (B, 3, H, W).
+
+    Returns:
+        `weight` on objects and up to `margin` pixels around them, 1 elsewhere, (B, 1, H, W).
+    """
     # Corners are always background.
-    on_object = (pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.1
+    on_object = ((pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.1).float()
+    on_object = nn.functional.max_pool2d(on_object, 2 * margin + 1, stride=1, padding=margin)
     return 1 + (weight - 1) * on_object
 
 
@@ -73,23 +86,35 @@ def preview_reconstructions(pixels: Tensor, decoded: Tensor, file: Path) -> floa
     return round(float(-10 * squared.log10().mean()), 3)
 
 
+def new_autoencoder(settings: AutoencoderSettings) -> AutoencoderKL:
+    """An untrained one."""
+    levels = len(settings.block_out_channels)
+    return AutoencoderKL(
+        block_out_channels=tuple(settings.block_out_channels),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=settings.layers_per_block,
+        latent_channels=settings.latent_channels,
+        norm_num_groups=8,
+        sample_size=settings.image_size,
+        mid_block_add_attention=False,
+    )
+
+
 class AutoencoderObjective(Objective):
     """Reconstructs freshly drawn scenes."""
 
     def __init__(self, settings: AutoencoderSettings) -> None:
         super().__init__()
         self.settings = settings
-        levels = len(settings.block_out_channels)
-        self.vae = AutoencoderKL(
-            block_out_channels=tuple(settings.block_out_channels),
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            layers_per_block=settings.layers_per_block,
-            latent_channels=settings.latent_channels,
-            norm_num_groups=8,
-            sample_size=settings.image_size,
-            mid_block_add_attention=False,
-        ).to(memory_format=torch.channels_last)
+        if settings.encoder is None:
+            self.vae = new_autoencoder(settings)
+        else:
+            self.vae = find_autoencoder(settings.encoder)
+            self.vae.encoder.requires_grad_(False)
+            if self.vae.quant_conv is not None:
+                self.vae.quant_conv.requires_grad_(False)
+        self.vae.to(memory_format=torch.channels_last)
 
     def batch(self, step: int, part: int = 0) -> dict[str, Tensor]:
         """Pixels (B, 3, H, W), the posterior's noise (B, C, h, w), the scale of more noise."""
@@ -97,8 +122,9 @@ class AutoencoderObjective(Objective):
         rng = np.random.default_rng([loop.seed, loop.sample(step, part)])
         size, num = self.settings.image_size, self.settings.batch_size
         pixels = to_pixels([draw(sample_scene(rng), size) for _ in range(num)])
-        side = size // 2 ** (len(self.settings.block_out_channels) - 1)
-        noise = rng.standard_normal((num, self.settings.latent_channels, side, side), np.float32)
+        side = size // scale_factor(self.vae)
+        channels = self.vae.config.latent_channels
+        noise = rng.standard_normal((num, channels, side, side), np.float32)
         return {
             "pixels": pixels.contiguous(memory_format=torch.channels_last),
             "noise": torch.from_numpy(noise),
@@ -115,7 +141,7 @@ class AutoencoderObjective(Objective):
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         error = decoded - pixels
-        weight = object_weights(pixels, self.settings.object_weight)
+        weight = object_weights(pixels, self.settings.object_weight, self.settings.object_margin)
         return {
             "absolute": (weight * error.abs()).mean(),
             "squared": self.settings.squared_weight * (weight * error.square()).mean(),
@@ -131,6 +157,9 @@ class AutoencoderObjective(Objective):
 
     def export(self, folder: Path) -> None:
         """Saves the autoencoder with the scaling factor that gives its latents unit deviation."""
+        if self.settings.encoder is not None:  # which has its scaling factor
+            self.vae.save_pretrained(folder)
+            return
         rng = np.random.default_rng([self.settings.loop.seed, 2**31 + 1])
         pixels = to_pixels([draw(sample_scene(rng), self.settings.image_size) for _ in range(512)])
         with torch.no_grad():

@@ -29,10 +29,9 @@ from janusflow.models.autoencoder import scale_factor
 from janusflow.models.modeling import JanusFlowForConditionalGeneration
 from janusflow.models.prefix import shared_prefix_mask
 from janusflow.training.alignment import AlignmentHead, AlignmentSettings, alignment_loss
+from janusflow.training.found_parts import find_autoencoder, find_vq_tokenizer
 from janusflow.training.joint_parts import (
     encoded_pictures,
-    find_autoencoder,
-    find_vq_tokenizer,
     latents_of,
     model_config,
     new_processor,

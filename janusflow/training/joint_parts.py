@@ -21,11 +21,10 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 from janusflow.data.shapes.batches import picture_scene
 from janusflow.data.shapes.scene import draw
 from janusflow.data.shapes.tokenizer import write_tokenizer
-from janusflow.errors import CheckpointError, SettingsError
+from janusflow.errors import SettingsError
 from janusflow.evaluation.features import module_hash
 from janusflow.files import atomic_path
-from janusflow.models.autoencoder import encode, load_autoencoder, scale_factor
-from janusflow.models.checkpoints import resolve_model_folder
+from janusflow.models.autoencoder import encode, scale_factor
 from janusflow.models.configuration import JanusFlowConfig
 from janusflow.models.modeling import JanusFlowForConditionalGeneration
 from janusflow.processing.images import JanusFlowImageProcessor
@@ -37,42 +36,6 @@ from janusflow.training.shared_encoder import SharedEncoderConfig
 
 if TYPE_CHECKING:
     from janusflow.training.joint import JointSettings, ModelSizes
-
-
-def find_autoencoder(source: str) -> AutoencoderKL:
-    """The autoencoder of a run's folder, or of a model.
-
-    Raises:
-        SettingsError: If there is none.
-    """
-    if (Path(source) / "config.json").is_file():
-        return load_autoencoder(source)
-    try:
-        return load_autoencoder(resolve_model_folder(source))
-    except CheckpointError as error:
-        raise SettingsError(
-            f"no autoencoder in {source}; train it first with `janusflow train "
-            "configs/train/tiny/autoencoder.yaml`, or name a model that has one by --autoencoder"
-        ) from error
-
-
-def find_vq_tokenizer(source: str) -> JanusVQVAE:
-    """The tokenizer of pictures of a run's folder, or of a model.
-
-    Raises:
-        SettingsError: If there is none.
-    """
-    if (Path(source) / "config.json").is_file():
-        return JanusVQVAE.from_pretrained(source)
-    try:
-        model = JanusFlowForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
-        model.require_head("vq")
-    except (CheckpointError, SettingsError) as error:
-        raise SettingsError(
-            f"no tokenizer of pictures in {source}; train it first with `janusflow train "
-            "configs/train/tiny/vq_tokenizer.yaml`, or name a model that has one by --vq-tokenizer"
-        ) from error
-    return model.vq_head.tokenizer
 
 
 def take_vision_tower(model: JanusFlowForConditionalGeneration, source: str) -> None:

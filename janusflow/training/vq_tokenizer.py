@@ -25,6 +25,7 @@ from janusflow.training.autoencoder import (
     preview_reconstructions,
     to_pixels,
 )
+from janusflow.training.found_parts import find_vq_tokenizer
 from janusflow.training.loop import LoopSettings, Objective
 
 
@@ -34,6 +35,10 @@ class VQTokenizerSettings:
 
     task: str = "vq-tokenizer"
     output_dir: str = "runs/vq-tokenizer"
+    encoder: str | None = None
+    """Folder of a tokenizer that is taken over with its sizes; encoder and codes are frozen and its
+    decoder trained on, so that a model trained on its tokens stays valid. None = all of it is
+    trained from nothing."""
     image_size: int = 64
     num_codes: int = 1024
     code_width: int = 8
@@ -47,9 +52,31 @@ class VQTokenizerSettings:
     squared_weight: float = 2.0
     object_weight: float = 4.0
     """Pixels of objects count so many times more than those of the background."""
+    object_margin: int = 0
+    """Pixels around objects that count as theirs; with none, edges lean outward."""
     commitment_weight: float = 0.25
     """Of features that are far from their code, against codes that are far from their features."""
     loop: LoopSettings = field(default_factory=LoopSettings)
+
+
+def new_tokenizer(settings: VQTokenizerSettings) -> JanusVQVAE:
+    """An untrained one."""
+    levels = len(settings.channel_multiplier)
+    torch.manual_seed(settings.loop.seed)
+    tokenizer = JanusVQVAE(
+        JanusVQVAEConfig(
+            embed_dim=settings.code_width,
+            num_embeddings=settings.num_codes,
+            latent_channels=settings.latent_channels,
+            base_channels=settings.base_channels,
+            channel_multiplier=settings.channel_multiplier,
+            num_res_blocks=settings.num_res_blocks,
+            num_patches=settings.image_size // 2 ** (levels - 1),
+        )
+    )
+    # Directions all around; the length does not matter.
+    nn.init.normal_(tokenizer.quantize.embedding.weight)
+    return tokenizer
 
 
 class VQTokenizerObjective(Objective):
@@ -58,20 +85,16 @@ class VQTokenizerObjective(Objective):
     def __init__(self, settings: VQTokenizerSettings) -> None:
         super().__init__()
         self.settings = settings
-        levels = len(settings.channel_multiplier)
-        torch.manual_seed(settings.loop.seed)
-        self.tokenizer = JanusVQVAE(
-            JanusVQVAEConfig(
-                embed_dim=settings.code_width,
-                num_embeddings=settings.num_codes,
-                latent_channels=settings.latent_channels,
-                base_channels=settings.base_channels,
-                channel_multiplier=settings.channel_multiplier,
-                num_res_blocks=settings.num_res_blocks,
-                num_patches=settings.image_size // 2 ** (levels - 1),
-            )
-        )
-        nn.init.normal_(self.codebook)  # directions all around; the length does not matter
+        if settings.encoder is None:
+            self.tokenizer = new_tokenizer(settings)
+        else:
+            self.tokenizer = find_vq_tokenizer(settings.encoder)
+            for part in (
+                self.tokenizer.encoder,
+                self.tokenizer.quant_conv,
+                self.tokenizer.quantize,
+            ):
+                part.requires_grad_(False)
         self.tokenizer.to(memory_format=torch.channels_last)
 
     @property
@@ -102,7 +125,7 @@ class VQTokenizerObjective(Objective):
         passed = features + (codes - features).detach()  # the gradient goes straight through
         decoded = self.tokenizer.decoder(self.tokenizer.post_quant_conv(passed)).float()
         error = decoded - pixels
-        weight = object_weights(pixels, self.settings.object_weight)
+        weight = object_weights(pixels, self.settings.object_weight, self.settings.object_margin)
         to_codes = (features - codes.detach()).square().mean()
         return {
             "absolute": (weight * error.abs()).mean(),

@@ -7,7 +7,11 @@ import torch
 from diffusers import AutoencoderKL
 
 from janusflow.settings import fill
-from janusflow.training.autoencoder import AutoencoderObjective, AutoencoderSettings
+from janusflow.training.autoencoder import (
+    AutoencoderObjective,
+    AutoencoderSettings,
+    object_weights,
+)
 from janusflow.training.loop import train
 
 SMALL = {
@@ -44,6 +48,38 @@ def test_objects_count_more_than_the_background(objective):
     # Antialiased edges that are nearly background count as background.
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
     assert found > 1.05 * error.mean()
+
+
+def test_a_margin_counts_pixels_around_objects_as_theirs():
+    pixels = torch.zeros(1, 3, 8, 8)
+    pixels[..., 3, 4] = 1
+    assert (object_weights(pixels, 4.0) == 4).sum() == 1
+    weights = object_weights(pixels, 4.0, margin=1)
+    expected = torch.ones(1, 1, 8, 8)
+    expected[..., 2:5, 3:6] = 4
+    assert torch.equal(weights, expected)
+
+
+def test_a_decoder_trains_on_with_the_encoder_and_its_latents_as_they_were(tmp_path):
+    few = {"steps": 3, "precision": "no"}
+    sizes = {"block_out_channels": [8, 8, 8], "latent_channels": 2}
+    first = fill(AutoencoderSettings, {**SMALL, **sizes, "loop": few})
+    assert train(AutoencoderObjective(first), first.loop, tmp_path / "first")
+    kept = str(tmp_path / "kept")
+    vae = AutoencoderKL.from_pretrained(tmp_path / "first" / "final")
+    vae.register_to_config(scaling_factor=0.5)
+    vae.save_pretrained(kept)
+    # The sizes are those of what is taken over, whatever the settings say.
+    settings = fill(AutoencoderSettings, {"encoder": kept, "batch_size": 4, "loop": few})
+    assert train(AutoencoderObjective(settings), settings.loop, tmp_path / "second")
+    before = AutoencoderKL.from_pretrained(kept)
+    after = AutoencoderKL.from_pretrained(tmp_path / "second" / "final")
+    assert after.config.scaling_factor == 0.5
+    pixels = AutoencoderObjective(settings).batch(0)["pixels"]
+    with torch.no_grad():
+        latents = before.encode(pixels).latent_dist.mean
+        assert torch.equal(after.encode(pixels).latent_dist.mean, latents)
+        assert not torch.equal(after.decode(latents).sample, before.decode(latents).sample)
 
 
 def test_latents_are_noisy_from_the_named_step_on(objective):

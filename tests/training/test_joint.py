@@ -300,13 +300,15 @@ def test_a_missing_autoencoder_is_named_with_the_command_that_makes_it(tmp_path)
     ("name", "kind"),
     [
         ("autoencoder", AutoencoderSettings),
+        ("decoder", AutoencoderSettings),
         ("vq_tokenizer", VQTokenizerSettings),
+        ("vq_decoder", VQTokenizerSettings),
         ("joint", JointSettings),
     ],
 )
 def test_the_shipped_configs_fit_their_settings(name, kind):
     settings = fill(kind, read_yaml(CONFIGS / f"{name}.yaml"))
-    assert settings.task == name.replace("_", "-")
+    assert settings.task == kind().task
 
 
 def test_an_unknown_density_of_times_is_refused():

@@ -64,3 +64,22 @@ def test_training_learns_and_exports_what_the_head_loads(objective, tmp_path):
     assert loaded.config.num_patches == 8
     tokens = torch.randint(0, 32, (1, 64))
     assert loaded.decode(tokens).shape == (1, 3, 64, 64)
+
+
+def test_a_decoder_trains_on_with_the_encoder_and_its_tokens_as_they_were(tmp_path):
+    few = {"steps": 3, "precision": "no"}
+    first = fill(VQTokenizerSettings, {**SMALL, "loop": few})
+    assert train(VQTokenizerObjective(first), first.loop, tmp_path / "first")
+    kept = str(tmp_path / "first" / "final")
+    # The sizes are those of what is taken over, whatever the settings say.
+    settings = fill(VQTokenizerSettings, {"encoder": kept, "batch_size": 4, "loop": few})
+    objective = VQTokenizerObjective(settings)
+    assert train(objective, settings.loop, tmp_path / "second")
+    before = JanusVQVAE.from_pretrained(kept)
+    after = JanusVQVAE.from_pretrained(tmp_path / "second" / "final")
+    assert torch.equal(after.quantize.embedding.weight, before.quantize.embedding.weight)
+    pixels = objective.batch(0)["pixels"]
+    with torch.no_grad():
+        tokens = before.encode(pixels).image_tokens.view(4, 64)
+        assert torch.equal(after.encode(pixels).image_tokens.view(4, 64), tokens)
+        assert not torch.equal(after.decode(tokens), before.decode(tokens))
