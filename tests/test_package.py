@@ -97,8 +97,10 @@ def test_every_requirement_of_the_package_is_pinned_except_those_of_unused_extra
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     core = re.search(r"^dependencies = \[(.*?)^\]", project, re.DOTALL | re.MULTILINE)
     assert core is not None
-    lines = re.findall(r"^(?:eval|notebooks|test|dev) = \[(.*)\]$", project, re.MULTILINE)
-    assert len(lines) == 4
+    lines = re.findall(
+        r"^(?:train|deepspeed|eval|notebooks|test|dev) = \[(.*)\]$", project, re.MULTILINE
+    )
+    assert len(lines) == 6
     wanted = re.findall(r'"([a-z][\w.-]*)[>\[]', "\n".join([core[1], *lines]))
     wanted = {name.replace("_", "-") for name in wanted} - {"janusflow"}
     assert len(wanted) > 15

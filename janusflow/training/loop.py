@@ -121,7 +121,7 @@ def train(
         microbatches=settings.microbatches,
         precision=settings.precision,
         trackers=settings.trackers,
-        muon=settings.optimizer.name == "muon",
+        optimizer=settings.optimizer,
     )
     main, device = accelerator.is_main_process, accelerator.device
     newest = _newest(output_dir, config, settings.accept_changes, objective.free_settings)

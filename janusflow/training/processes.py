@@ -1,8 +1,8 @@
 """The processes of a run: how many there are, how they share parts and weights.
 
-One process, several with whole weights (DDP), or several with weights in shards (FSDP2), by
-accelerate's configs. Everything that is done to weights outside forward and backward goes through
-`whole` and `laid_out_like`, so that no other module knows of shards.
+One process, several with whole weights (DDP), with moments in shards (DeepSpeed's ZeRO 1) or with
+all in shards (FSDP2), by accelerate's configs. Everything that is done to weights outside forward
+and backward goes through `whole` and `laid_out_like`, so that no other module knows of shards.
 
 Without GPUs, processes talk by gloo: `accelerate launch` starts several with `multi_gpu.yaml`, as
 `python -m torch.distributed.run --nproc_per_node 2 -m janusflow.training CONFIG` does. Accelerate
@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from janusflow.errors import SettingsError
 from janusflow.training.objective import Objective
+from janusflow.training.optimizers import OptimizerSettings
 
 _PATIENCE = timedelta(hours=4)
 """How long processes wait for each other: one of them encodes all pictures, or writes."""
@@ -45,7 +46,7 @@ def accelerator_for(
     microbatches: int,
     precision: str,
     trackers: list[str],
-    muon: bool,
+    optimizer: OptimizerSettings,
 ) -> Accelerator:
     """The accelerator of a run of `microbatches` parts a step.
 
@@ -69,7 +70,7 @@ def accelerator_for(
         ],
     )
     kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and muon:
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and optimizer.name == "muon":
         raise SettingsError(
             "optimizer.name is 'muon', which needs whole matrices, but FSDP and DeepSpeed cut "
             "them up; set it to 'adamw', or take configs/accelerate/multi_gpu.yaml"
@@ -86,8 +87,17 @@ def accelerator_for(
         plugin.mixed_precision_policy = MixedPrecisionPolicy()
         plugin.ignored_modules = objective.whole_modules()  # else called without their weights
     if kind is DistributedType.DEEPSPEED:
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin.zero_stage != 1:
+            raise SettingsError(
+                f"DeepSpeed's ZeRO {plugin.zero_stage} adds gradients up in the order in which "
+                "they come, which samples of different kinds bring about differently, and gets "
+                "other sums; set zero_stage: 1, as configs/accelerate/deepspeed_zero1.yaml has it, "
+                "or take fsdp.yaml beside it"
+            )
+        plugin.deepspeed_config["gradient_clipping"] = optimizer.max_grad_norm
         # Batches are ours, so DeepSpeed needs no more than a number here.
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
     return accelerator
 
 

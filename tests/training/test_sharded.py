@@ -7,6 +7,7 @@ import shutil
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from tiny import make_pipeline
 from toy_run import curve
 
 from janusflow import JanusFlowPipeline
+from janusflow.errors import CheckpointError
 from janusflow.settings import fill, read_yaml
 from janusflow.training.run import run
 from janusflow.training.stage import StageObjective, StageSettings
@@ -50,12 +52,12 @@ loop:
   save_every: 2
   validate_every: 4
   preview_every: 4
-  optimizer: {learning_rate: 1.0e-4}
+  optimizer: {learning_rate: 1.0e-4, max_grad_norm: 0.5}
 """
 KINDS = {
     "multi_gpu": DistributedType.MULTI_GPU,
     "fsdp": DistributedType.FSDP,
-    "deepspeed_zero2": DistributedType.DEEPSPEED,
+    "deepspeed_zero1": DistributedType.DEEPSPEED,
 }
 
 
@@ -78,17 +80,14 @@ def test_the_launcher_takes_the_way_that_a_config_names(name: str) -> None:
     )
     taken, _, _ = _validate_launch_command(given)
     ways = {"multi_gpu": taken.multi_gpu, "fsdp": taken.use_fsdp}
-    assert {**ways, "deepspeed_zero2": taken.use_deepspeed} == {key: key == name for key in KINDS}
+    assert {**ways, "deepspeed_zero1": taken.use_deepspeed} == {key: key == name for key in KINDS}
     assert (taken.num_processes, taken.num_machines) == (8, 1)
 
 
-def test_what_the_configs_name_exists() -> None:
+def test_the_layers_that_shards_follow_exist() -> None:
     shards = read_yaml(ACCELERATE / "fsdp.yaml")["fsdp_config"]
     layers = set(shards["fsdp_transformer_layer_cls_to_wrap"].split(","))
     assert layers <= {type(module).__name__ for module in make_pipeline().model.modules()}
-    deepspeed = read_yaml(ACCELERATE / "deepspeed_zero2.yaml")["deepspeed_config"]
-    settings = json.loads((TESTS.parent / deepspeed["deepspeed_config_file"]).read_text())
-    assert settings["zero_optimization"]["stage"] == 2
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +144,42 @@ def test_shards_are_those_that_the_config_names(
     assert layout["gathering"] == gathering
     names = [name for name, _ in objective.named_parameters()]
     assert layout["whole"] == [name for name in names if "vq_head.tokenizer" in name] != []
+
+
+def by_deepspeed(accelerate: Path, config: Path, folder: Path) -> CompletedProcess:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is for Linux alone")
+    return launched(accelerate, str(TESTS / "stage_run.py"), str(config), str(folder))
+
+
+def test_moments_in_shards_change_neither_the_curve_nor_the_weights(
+    runs: SimpleNamespace, config: Path
+) -> None:
+    done = by_deepspeed(ACCELERATE / "deepspeed_zero1.yaml", config, runs.folder / "deepspeed")
+    assert done.returncode == 0, done.stderr
+    whole, other = (curve(runs.folder / run) for run in ("whole", "deepspeed"))
+    assert len(whole) == len(other) == 5
+    for one, another in zip(whole, other, strict=True):
+        assert one == pytest.approx(another, abs=1e-4, rel=1e-4)
+    for file in ("model", "ema"):
+        one, another = (
+            load_file(runs.folder / run / "step-0000004" / f"{file}.safetensors")
+            for run in ("whole", "deepspeed")
+        )
+        assert one.keys() == another.keys()
+        for key in one:
+            torch.testing.assert_close(one[key], another[key], rtol=0, atol=2e-5, msg=key)
+    with pytest.raises(CheckpointError, match="no moments, as those of DeepSpeed"):
+        run(config, [f"output_dir={runs.folder / 'deepspeed'}", "loop.steps=5"])
+
+
+def test_gradients_in_shards_of_deepspeed_are_refused(config: Path, tmp_path: Path) -> None:
+    two = tmp_path / "zero2.yaml"
+    one = (ACCELERATE / "deepspeed_zero1.yaml").read_text()
+    two.write_text(one.replace("zero_stage: 1", "zero_stage: 2"))
+    done = by_deepspeed(two, config, tmp_path / "run")
+    assert done.returncode != 0
+    assert "DeepSpeed's ZeRO 2 adds gradients up" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["sharded", "after-whole", "after-sharded"])
