@@ -9,6 +9,7 @@ Axes: B batch, C latent channels.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
     from janusflow.pipeline import JanusFlowPipeline
 
 
+_HELD_OUT = 2**40
+"""Number of a sample that no run reaches."""
 PATCH_CLASSES = 2 + len(SHAPES) + len(COLORS)
 """Shapes and colours that a patch may show; "nothing" is one of either."""
 
@@ -153,6 +156,16 @@ class PreviewSettings:
 
 
 @dataclass(frozen=True)
+class ValidationSettings:
+    """Losses on what training never sees, every `loop.validate_every` steps."""
+
+    num: int = 64
+    """Pictures to draw; the conversations are as many as in a part."""
+    buckets: int = 5
+    """Intervals of t, in whose middles the losses are taken."""
+
+
+@dataclass(frozen=True)
 class JointSettings:
     """A joint run."""
 
@@ -174,6 +187,7 @@ class JointSettings:
         default_factory=lambda: AlignmentSettings(weight=0.0, layer=3, width=256)
     )
     preview: PreviewSettings = field(default_factory=PreviewSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
     cache: str | None = None
     """Folder for what the frozen autoencoder and tokenizer make of the pictures, which several runs
     may share; the run's own when not given."""
@@ -201,7 +215,7 @@ class JointSettings:
 class JointObjective(Objective):
     """The model with the losses of drawing and looking."""
 
-    free_settings = ("cache",)
+    free_settings = ("validation", "cache")
 
     def __init__(self, settings: JointSettings) -> None:
         super().__init__()
@@ -262,18 +276,37 @@ class JointObjective(Objective):
 
     def batch(self, step: int, part: int = 0) -> dict[str, Tensor]:
         """Captions, latents, noise and times; conversations and pixels."""
-        drawing, looking = self.settings.drawing, self.settings.looking
-        seed = self.settings.loop.seed
-        sample = self.settings.loop.sample(step, part)
-        indices = np.random.default_rng([seed, 4, sample]).integers(
+        drawing, loop = self.settings.drawing, self.settings.loop
+        sample = loop.sample(step, part)
+        indices = np.random.default_rng([loop.seed, 4, sample]).integers(
             drawing.num_pictures, size=drawing.batch_size
         )
+        rows = torch.from_numpy(indices)
+        return self._batch(
+            sample,
+            indices,
+            latents=None if self.latents is None else self.latents[rows],
+            image_tokens=None if self.image_tokens is None else self.image_tokens[rows],
+            dropout=drawing.condition_dropout_prob,
+        )
+
+    def _batch(
+        self,
+        sample: int,
+        indices: np.ndarray,
+        latents: Tensor | None,
+        image_tokens: Tensor | None,
+        dropout: float,
+    ) -> dict[str, Tensor]:
+        """The batch of a sample's number, of these pictures to draw and what was made of them."""
+        drawing, looking = self.settings.drawing, self.settings.looking
+        seed = self.settings.loop.seed
         ids, mask = self.batches.captions(
             indices,
             sample,
             drawing.prompt_length,
-            drawing.condition_dropout_prob,
-            tag="flow" if self.image_tokens is None else "vq",
+            dropout,
+            tag="flow" if image_tokens is None else "vq",
         )
         conversations = self.batches.conversations(
             looking.batch_size,
@@ -291,10 +324,9 @@ class JointObjective(Objective):
             "position_ids": conversations.position_ids,
             "pixel_values": conversations.pixel_values,
         }
-        if self.latents is not None:
+        if latents is not None:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + sample)
-            x_1 = self.latents[torch.from_numpy(indices)].float()
-            x_1 = x_1.repeat_interleave(drawing.noises_per_picture, dim=0)
+            x_1 = latents.float().repeat_interleave(drawing.noises_per_picture, dim=0)
             density = logit_normal if drawing.timesteps == "logit-normal" else uniform
             batch["x_0"] = torch.randn(x_1.shape, generator=generator)
             batch["x_1"] = x_1
@@ -308,8 +340,8 @@ class JointObjective(Objective):
             batch["drawn_labels"] = labels.repeat_interleave(drawing.noises_per_picture, dim=0)
         if self.alignment is not None:
             batch["clean_pixels"] = self.batches.pictures(indices)
-        if self.image_tokens is not None:
-            batch["image_tokens"] = self.image_tokens[torch.from_numpy(indices)].long()
+        if image_tokens is not None:
+            batch["image_tokens"] = image_tokens.long()
         return batch
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
@@ -402,6 +434,32 @@ class JointObjective(Objective):
 
         vae = self.vae if self.settings.drawing.flow else None
         return JanusFlowPipeline(model=self.model, vae=vae, processor=self.processor)
+
+    def validate(self) -> dict[str, float]:
+        """Mean losses on pictures that training never draws, at times in the middles of intervals.
+
+        That of the flow head stands by itself for each of the times, too.
+        """
+        settings = self.settings.validation
+        first = self.settings.drawing.num_pictures
+        indices = np.arange(first, first + settings.num)
+        pixels = self.batches.pictures(indices)
+        latents = image_tokens = None
+        if self.latents is not None:
+            latents = latents_of(self.vae)(pixels.to(self.vae.device)).cpu()
+        if self.image_tokens is not None:
+            image_tokens = self.model.vq_head.encode(pixels.to(self.model.device)).cpu()
+        batch = self._batch(_HELD_OUT, indices, latents, image_tokens, dropout=0.0)
+        batch = {name: held.to(self.model.device) for name, held in batch.items()}
+        figures: defaultdict[str, float] = defaultdict(float)
+        for t in ((torch.arange(settings.buckets) + 0.5) / settings.buckets).tolist():
+            if "t" in batch:
+                batch["t"] = torch.full_like(batch["t"], t)
+            for name, loss in self(**batch).items():
+                figures[f"valid_{name}"] += float(loss) / settings.buckets
+                if name == "flow":
+                    figures[f"valid_flow_t{t:.2f}"] = float(loss)
+        return {name: round(figure, 5) for name, figure in figures.items()}
 
     def preview(self, step: int, folder: Path) -> dict[str, float]:
         """Scores on held-out prompts and questions, and a sheet of pictures."""

@@ -80,6 +80,40 @@ def test_a_batch_is_a_function_of_its_step(objective):
     assert not torch.equal(one["pixel_values"], other["pixel_values"])
 
 
+def test_validation_is_on_pictures_that_training_never_draws(objective, monkeypatch):
+    seen = []
+    pictures = objective.batches.pictures
+
+    def noted(indices):
+        seen.extend(indices)
+        return pictures(indices)
+
+    monkeypatch.setattr(objective.batches, "pictures", noted)
+    with torch.no_grad():
+        found, again = objective.validate(), objective.validate()
+    assert found == again
+    first = objective.settings.drawing.num_pictures
+    assert seen == [*range(first, first + objective.settings.validation.num)] * 2
+    times = [f"valid_flow_t{t}" for t in ("0.10", "0.30", "0.50", "0.70", "0.90")]
+    losses = [f"valid_{name}" for name in objective(**objective.batch(0))]
+    assert set(found) == {*times, *losses}
+    assert found["valid_flow"] == pytest.approx(np.mean([found[t] for t in times]), abs=2e-5)
+
+
+def test_validation_looks_at_its_times_alone(objective, monkeypatch):
+    seen = []
+    forward = objective.forward
+
+    def noted(**batch):
+        seen.append(batch["t"].unique().tolist())
+        return forward(**batch)
+
+    monkeypatch.setattr(objective, "forward", noted)
+    with torch.no_grad():
+        objective.validate()
+    assert [pytest.approx(t) for (t,) in seen] == [0.1, 0.3, 0.5, 0.7, 0.9]
+
+
 def test_prompts_are_those_of_sampling(objective):
     processor = objective.processor
     ids, mask = objective.batches.captions(np.arange(6), 0, 28, dropout=0.0)
