@@ -10,8 +10,8 @@ from typing import Any
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
         "num_inference_steps": 6,
-        "solver": "dpm++2m",
-        "shift": 2.25,
+        "solver": "unipc",
+        "shift": 1.6,
         "guidance_scale": 1.75,
     },
 }
