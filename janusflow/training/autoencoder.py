@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from janusflow.data.shapes import draw, sample_scene
+from janusflow.errors import SettingsError
 from janusflow.models.autoencoder import scale_factor
 from janusflow.training.found_parts import find_autoencoder
 from janusflow.training.loop import LoopSettings, Objective
@@ -63,7 +64,12 @@ def object_weights(pixels: Tensor, weight: float, margin: int = 0) -> Tensor:
 
     Returns:
         `weight` on objects and up to `margin` pixels around them, 1 elsewhere, (B, 1, H, W).
+
+    Raises:
+        SettingsError: If the margin is negative.
     """
+    if margin < 0:
+        raise SettingsError(f"object_margin is at least 0, not {margin}")
     # Corners are always background.
     on_object = ((pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.1).float()
     on_object = nn.functional.max_pool2d(on_object, 2 * margin + 1, stride=1, padding=margin)
@@ -148,6 +154,10 @@ class AutoencoderObjective(Objective):
             "kl": self.settings.kl_weight * kl,
         }
 
+    def sources(self) -> dict[str, str]:
+        """The autoencoder whose decoder trains on."""
+        return {} if self.settings.encoder is None else {"encoder": self.settings.encoder}
+
     def preview(self, step: int, folder: Path) -> dict[str, float]:
         """PSNR in decibels on scenes that training does not see, and a sheet of them."""
         pixels = preview_pixels(self.settings.loop.seed, self.settings.image_size)
@@ -157,6 +167,7 @@ class AutoencoderObjective(Objective):
 
     def export(self, folder: Path) -> None:
         """Saves the autoencoder with the scaling factor that gives its latents unit deviation."""
+        self.vae.register_to_config(_name_or_path="")  # else the folder it was loaded from
         if self.settings.encoder is not None:  # which has its scaling factor
             self.vae.save_pretrained(folder)
             return

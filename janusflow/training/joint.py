@@ -164,6 +164,10 @@ class ValidationSettings:
     buckets: int = 5
     """Intervals of t, in whose middles the losses are taken."""
 
+    def __post_init__(self) -> None:
+        if self.num < 1 or self.buckets < 1:
+            raise SettingsError("validation.num and validation.buckets are at least 1")
+
 
 @dataclass(frozen=True)
 class JointSettings:

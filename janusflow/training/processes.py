@@ -90,10 +90,10 @@ def accelerator_for(
         plugin = accelerator.state.deepspeed_plugin
         if plugin.zero_stage != 1:
             raise SettingsError(
-                f"DeepSpeed's ZeRO {plugin.zero_stage} adds gradients up in the order in which "
-                "they come, which samples of different kinds bring about differently, and gets "
-                "other sums; set zero_stage: 1, as configs/accelerate/deepspeed_zero1.yaml has it, "
-                "or take fsdp.yaml beside it"
+                f"DeepSpeed's zero_stage is {plugin.zero_stage}; only 1 is known to get the "
+                "gradients of one process (2 does not where processes hold samples of different "
+                "kinds): set it to 1, as configs/accelerate/deepspeed_zero1.yaml has it, or take "
+                "fsdp.yaml beside it"
             )
         plugin.deepspeed_config["gradient_clipping"] = optimizer.max_grad_norm
         # Batches are ours, so DeepSpeed needs no more than a number here.

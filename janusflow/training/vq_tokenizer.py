@@ -134,6 +134,10 @@ class VQTokenizerObjective(Objective):
             "commitment": self.settings.commitment_weight * to_codes,
         }
 
+    def sources(self) -> dict[str, str]:
+        """The tokenizer whose decoder trains on."""
+        return {} if self.settings.encoder is None else {"encoder": self.settings.encoder}
+
     def preview(self, step: int, folder: Path) -> dict[str, float]:
         """PSNR in decibels on scenes that training does not see, share of codes in use, a sheet."""
         pixels = preview_pixels(self.settings.loop.seed, self.settings.image_size)

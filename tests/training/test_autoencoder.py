@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from janusflow.errors import SettingsError
 from janusflow.settings import fill
 from janusflow.training.autoencoder import (
     AutoencoderObjective,
@@ -58,6 +59,8 @@ def test_a_margin_counts_pixels_around_objects_as_theirs():
     expected = torch.ones(1, 1, 8, 8)
     expected[..., 2:5, 3:6] = 4
     assert torch.equal(weights, expected)
+    with pytest.raises(SettingsError, match="object_margin is at least 0, not -1"):
+        object_weights(pixels, 4.0, margin=-1)
 
 
 def test_a_decoder_trains_on_with_the_encoder_and_its_latents_as_they_were(tmp_path):
@@ -75,7 +78,10 @@ def test_a_decoder_trains_on_with_the_encoder_and_its_latents_as_they_were(tmp_p
     before = AutoencoderKL.from_pretrained(kept)
     after = AutoencoderKL.from_pretrained(tmp_path / "second" / "final")
     assert after.config.scaling_factor == 0.5
-    pixels = AutoencoderObjective(settings).batch(0)["pixels"]
+    assert kept not in (tmp_path / "second" / "final" / "config.json").read_text()
+    objective = AutoencoderObjective(settings)
+    assert objective.sources() == {"encoder": kept}
+    pixels = objective.batch(0)["pixels"]
     with torch.no_grad():
         latents = before.encode(pixels).latent_dist.mean
         assert torch.equal(after.encode(pixels).latent_dist.mean, latents)

@@ -114,6 +114,12 @@ def test_validation_looks_at_its_times_alone(objective, monkeypatch):
     assert [pytest.approx(t) for (t,) in seen] == [0.1, 0.3, 0.5, 0.7, 0.9]
 
 
+@pytest.mark.parametrize("values", [{"num": 0}, {"buckets": 0}])
+def test_an_empty_validation_is_refused(values):
+    with pytest.raises(SettingsError, match="at least 1"):
+        fill(JointSettings, {"validation": values})
+
+
 def test_prompts_are_those_of_sampling(objective):
     processor = objective.processor
     ids, mask = objective.batches.captions(np.arange(6), 0, 28, dropout=0.0)

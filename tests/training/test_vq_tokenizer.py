@@ -74,6 +74,7 @@ def test_a_decoder_trains_on_with_the_encoder_and_its_tokens_as_they_were(tmp_pa
     # The sizes are those of what is taken over, whatever the settings say.
     settings = fill(VQTokenizerSettings, {"encoder": kept, "batch_size": 4, "loop": few})
     objective = VQTokenizerObjective(settings)
+    assert objective.sources() == {"encoder": kept}
     assert train(objective, settings.loop, tmp_path / "second")
     before = JanusVQVAE.from_pretrained(kept)
     after = JanusVQVAE.from_pretrained(tmp_path / "second" / "final")
