@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from janusflow.errors import SettingsError
+from janusflow.training.shared_muon import SharedMuon
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torc
         raise SettingsError("nothing is trainable: every weight is frozen")
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        muon = torch.optim.Muon(
+        kind = SharedMuon if distributed.is_initialized() else torch.optim.Muon
+        muon = kind(
             matrices,
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,

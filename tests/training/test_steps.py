@@ -181,15 +181,23 @@ def test_two_processes_make_the_curve_of_one(tmp_path):
         assert {k: a[k] for k in losses} == pytest.approx({k: b[k] for k in losses}, abs=1e-4)
 
 
-@pytest.mark.parametrize("shards", [False, True], ids=["whole", "shards"])
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path, shards):
+def test_shared_steps_of_muon_are_those_of_the_library_to_the_bit():
+    done = in_two_processes(str(TESTS / "muon_run.py"))
+    assert done.returncode == 0, done.stderr
+    made = sorted(int(count) for count in done.stdout.split())
+    assert made == [6, 30], "one has the largest matrix, the other all that are left"
+
+
+@pytest.mark.parametrize("way", ["whole", "shards", "muon"])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, way):
     settings = {"microbatches": 4, "preview_every": 6, "best": "score", "ema_device": "cpu"}
+    settings["optimizer"] = {"name": "muon" if way == "muon" else "adamw"}
     full = loop(**settings)
     train(Streams(full), full, tmp_path / "one")
 
     half = loop(**settings, steps=6)
     train(Streams(half), half, tmp_path / "more")
-    environment = SHARDS if shards else {}
+    environment = SHARDS if way == "shards" else {}
     done = toy_in_two_processes(tmp_path / "more", {**settings, "steps": 9}, **environment)
     assert done.returncode == 0, done.stderr
     assert train(Streams(full), full, tmp_path / "more")
@@ -199,9 +207,10 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, shards):
     more = [record for record in more if record["step"] != 9 or "score" not in record]
     for a, b in zip(one, more, strict=True):
         assert a == pytest.approx(b, abs=1e-4)
-    for name in ("model", "ema", "optimizer-0"):
-        file = f"step-0000012/{name}.safetensors"
-        a, b = (load_file(tmp_path / run / file) for run in ("one", "more"))
+    files = sorted(path.name for path in (tmp_path / "one/step-0000012").glob("*.safetensors"))
+    assert len(files) == (4 if way == "muon" else 3)
+    for name in files:
+        a, b = (load_file(tmp_path / run / "step-0000012" / name) for run in ("one", "more"))
         assert a.keys() == b.keys()
         for key in a:
             torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-5)
