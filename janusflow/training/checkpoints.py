@@ -24,8 +24,9 @@ from janusflow.errors import CheckpointError
 from janusflow.files import atomic_folder, write_json
 from janusflow.training.ema import EMA
 from janusflow.training.processes import laid_out_like, whole
+from janusflow.training.zero_moments import ZeroMoments
 
-Optimizers = Sequence[torch.optim.Optimizer]
+Optimizers = Sequence[torch.optim.Optimizer | ZeroMoments]
 
 
 def save(
@@ -124,8 +125,8 @@ def restore(path: Path, model: nn.Module, ema: EMA, optimizers: Optimizers) -> i
     """
     if not (path / "optimizer-0.safetensors").exists():
         raise CheckpointError(
-            f"{path} holds weights but no moments, as those of DeepSpeed runs do, so the run "
-            "cannot go on from it; take another --output-dir"
+            f"{path} holds weights but no moments, so the run cannot go on from it; take another "
+            "--output-dir"
         )
     present = model.state_dict()
     weights = load_file(path / "model.safetensors")
@@ -158,13 +159,13 @@ def _figure(path: Path, best: str | None) -> Any:
     return read_state(path).get("figures", {}).get(str(best).removeprefix("-"))
 
 
-def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer | ZeroMoments) -> list[str]:
     """Names of an optimizer's weights, in its order."""
     names = {weight: name for name, weight in model.named_parameters()}
     return [names[weight] for group in optimizer.param_groups for weight in group["params"]]
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer | ZeroMoments) -> dict[str, Tensor]:
     names = _names(model, optimizer)
     return {
         f"{names[index]}.{moment}": torch.as_tensor(value)
@@ -174,7 +175,7 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 
 def _restore_moments(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+    model: nn.Module, optimizer: torch.optim.Optimizer | ZeroMoments, tensors: dict[str, Tensor]
 ) -> None:
     names = _names(model, optimizer)
     weights = dict(model.named_parameters())

@@ -135,10 +135,11 @@ def train(
 
     model, optimizers = processes.prepare(accelerator, objective, optimizers)
     ema = EMA(objective, settings.ema_decay, "cpu" if settings.ema_device == "cpu" else None)
-    start = checkpoints.restore(newest, objective, ema, optimizers) if newest else 0
+    kept = processes.kept_optimizers(accelerator, optimizers)
+    start = checkpoints.restore(newest, objective, ema, kept) if newest else 0
     if newest:
-        kept = checkpoints.read_state(newest).get("data", {})
-        objective.load_data_state({int(part): state for part, state in kept.items()})
+        data = checkpoints.read_state(newest).get("data", {})
+        objective.load_data_state({int(part): state for part, state in data.items()})
     best = checkpoints.best_figure(output_dir, settings.best)
     accelerator.wait_for_everyone()  # all have read; now the main process may write
     if main:
@@ -199,7 +200,7 @@ def train(
                 done,
                 objective,
                 ema,
-                processes.kept_optimizers(accelerator, optimizers),
+                kept,
                 main=main,
                 keep_last=settings.keep_last,
                 best=settings.best,

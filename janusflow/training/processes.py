@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from janusflow.errors import SettingsError
 from janusflow.training.objective import Objective
 from janusflow.training.optimizers import OptimizerSettings
+from janusflow.training.zero_moments import ZeroMoments
 
 _PATIENCE = timedelta(hours=4)
 """How long processes wait for each other: one of them encodes all pictures, or writes."""
@@ -117,10 +118,12 @@ def prepare(
 
 
 def kept_optimizers(
-    accelerator: Accelerator, optimizers: list[torch.optim.Optimizer]
-) -> list[torch.optim.Optimizer]:
-    """The optimizers whose moments go into checkpoints: none of DeepSpeed's, which hides them."""
-    return [] if accelerator.distributed_type is DistributedType.DEEPSPEED else optimizers
+    accelerator: Accelerator, optimizers: list[Any]
+) -> list[torch.optim.Optimizer] | list[ZeroMoments]:
+    """The optimizers as checkpoints keep them: with their weights, and moments by weight."""
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        return [ZeroMoments(wrapped.optimizer) for wrapped in optimizers]
+    return optimizers
 
 
 def clip(accelerator: Accelerator, weights: list[nn.Parameter], most: float) -> Tensor:

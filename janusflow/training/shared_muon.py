@@ -21,7 +21,7 @@ class SharedMuon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Steps all matrices that have gradients."""
         for group in self.param_groups:
             for weight, update in self._updates(group).items():
@@ -35,13 +35,13 @@ class SharedMuon(torch.optim.Muon):
 
     def _updates(self, group: dict[str, Any]) -> dict[Tensor, Tensor]:
         """Updates of the matrices that have gradients; each process made its share of them."""
-        weights = [weight for weight in group["params"] if weight.grad is not None]
-        for weight in weights:
+        gradients = {weight: weight.grad for weight in group["params"] if weight.grad is not None}
+        for weight, gradient in gradients.items():
             if not self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-            self.state[weight]["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
+            self.state[weight]["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         updates, waiting = {}, []
-        for process, share in enumerate(even_shares(weights, distributed.get_world_size())):
+        for process, share in enumerate(even_shares([*gradients], distributed.get_world_size())):
             if not share:
                 continue
             sizes = [weight.numel() for weight in share]
@@ -51,7 +51,7 @@ class SharedMuon(torch.optim.Muon):
                 if process == distributed.get_rank():
                     direction = self.state[weight]["momentum_buffer"]
                     if group["nesterov"]:
-                        direction = weight.grad.lerp(direction, group["momentum"])
+                        direction = gradients[weight].lerp(direction, group["momentum"])
                     updates[weight].copy_(orthogonal(direction, group))
             waiting.append(distributed.broadcast(sent, process, async_op=True))
         for sending in waiting:

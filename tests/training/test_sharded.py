@@ -21,7 +21,6 @@ from tiny import make_pipeline
 from toy_run import curve
 
 from janusflow import JanusFlowPipeline
-from janusflow.errors import CheckpointError
 from janusflow.settings import fill, read_yaml
 from janusflow.training.run import run
 from janusflow.training.stage import StageObjective, StageSettings
@@ -146,30 +145,29 @@ def test_shards_are_those_that_the_config_names(
     assert layout["whole"] == [name for name in names if "vq_head.tokenizer" in name] != []
 
 
-def by_deepspeed(accelerate: Path, config: Path, folder: Path) -> CompletedProcess:
+def by_deepspeed(accelerate: Path, config: Path, *folders: Path) -> CompletedProcess:
     pytest.importorskip("deepspeed", reason="DeepSpeed is for Linux alone")
-    return launched(accelerate, str(TESTS / "stage_run.py"), str(config), str(folder))
+    return launched(accelerate, str(TESTS / "stage_run.py"), str(config), *map(str, folders))
 
 
-def test_moments_in_shards_change_neither_the_curve_nor_the_weights(
-    runs: SimpleNamespace, config: Path
-) -> None:
-    done = by_deepspeed(ACCELERATE / "deepspeed_zero1.yaml", config, runs.folder / "deepspeed")
+@pytest.fixture(scope="module")
+def deepspeed_runs(runs: SimpleNamespace, config: Path) -> Path:
+    """The same stage in slices of DeepSpeed, and either way after two steps of the other."""
+    zero, after_whole = runs.folder / "zero", runs.folder / "zero-after-whole"
+    shutil.copytree(runs.folder / "whole/step-0000002", after_whole / "step-0000002")
+    done = by_deepspeed(ACCELERATE / "deepspeed_zero1.yaml", config, zero, after_whole)
     assert done.returncode == 0, done.stderr
-    whole, other = (curve(runs.folder / run) for run in ("whole", "deepspeed"))
-    assert len(whole) == len(other) == 5
-    for one, another in zip(whole, other, strict=True):
-        assert one == pytest.approx(another, abs=1e-4, rel=1e-4)
-    for file in ("model", "ema"):
-        one, another = (
-            load_file(runs.folder / run / "step-0000004" / f"{file}.safetensors")
-            for run in ("whole", "deepspeed")
-        )
-        assert one.keys() == another.keys()
-        for key in one:
-            torch.testing.assert_close(one[key], another[key], rtol=0, atol=2e-5, msg=key)
-    with pytest.raises(CheckpointError, match="no moments, as those of DeepSpeed"):
-        run(config, [f"output_dir={runs.folder / 'deepspeed'}", "loop.steps=5"])
+    after_zero = runs.folder / "whole-after-zero"
+    shutil.copytree(zero / "step-0000002", after_zero / "step-0000002")
+    run(config, [f"output_dir={after_zero}"])
+    return runs.folder
+
+
+@pytest.mark.parametrize("name", ["zero", "zero-after-whole", "whole-after-zero"])
+def test_slices_of_deepspeed_change_neither_the_curve_nor_the_weights(
+    deepspeed_runs: Path, name: str
+) -> None:
+    agree(deepspeed_runs / "whole", deepspeed_runs / name, steps=4 if name == "zero" else 2)
 
 
 def test_gradients_in_shards_of_deepspeed_are_refused(config: Path, tmp_path: Path) -> None:
@@ -182,23 +180,27 @@ def test_gradients_in_shards_of_deepspeed_are_refused(config: Path, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["sharded", "after-whole", "after-sharded"])
-def test_shards_change_neither_the_curve_nor_the_weights(runs: SimpleNamespace, name: str) -> None:
-    whole, other = (curve(runs.folder / run) for run in ("whole", name))
-    assert [record["step"] for record in whole] == [1, 2, 3, 4, 4]
-    assert {"valid_flow", "valid_flow_t0.90", "valid_alignment", "valid_vq"} <= whole[-1].keys()
-    for one, another in zip(whole[-len(other) :], other, strict=True):
+def agree(whole: Path, other: Path, steps: int) -> None:
+    """Whether a run has the curve of another in its last steps, and its weights and moments."""
+    records, others = curve(whole), curve(other)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 4]
+    assert {"valid_flow", "valid_flow_t0.90", "valid_alignment", "valid_vq"} <= records[-1].keys()
+    assert len(others) == steps + 1
+    for one, another in zip(records[-len(others) :], others, strict=True):
         assert one == pytest.approx(another, abs=1e-4, rel=1e-4)
-    assert len(other) == (5 if name == "sharded" else 3)
     # An update is of about 1e-4. The moments of two such runs are sums of gradients of norm 1.
     for file, tolerance in {"model": 2e-5, "ema": 2e-5, "optimizer-0": 1e-6}.items():
         one, another = (
-            load_file(runs.folder / run / "step-0000004" / f"{file}.safetensors")
-            for run in ("whole", name)
+            load_file(folder / "step-0000004" / f"{file}.safetensors") for folder in (whole, other)
         )
         assert one.keys() == another.keys()
         for key in one:
             torch.testing.assert_close(one[key], another[key], rtol=0, atol=tolerance, msg=key)
+
+
+@pytest.mark.parametrize("name", ["sharded", "after-whole", "after-sharded"])
+def test_shards_change_neither_the_curve_nor_the_weights(runs: SimpleNamespace, name: str) -> None:
+    agree(runs.folder / "whole", runs.folder / name, steps=4 if name == "sharded" else 2)
 
 
 def test_shards_write_a_whole_model(runs: SimpleNamespace) -> None:
