@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all; folders that one process at a time writes into."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+from janusflow.errors import SettingsError
 
 
 @contextmanager
@@ -51,6 +55,33 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         fresh.replace(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def held_alone(folder: str | Path, what: str) -> Iterator[None]:
+    """Keeps other processes that ask for `folder`, made if it is not there, out of it meanwhile.
+
+    The system opens the lock of a process that was killed.
+
+    Args:
+        folder: What is held.
+        what: What is at work in it, for the error.
+
+    Raises:
+        SettingsError: If another process holds it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(folder) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SettingsError(
+            f"another {what} is at work in {folder}; wait for it, or give another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_json(target: str | Path, content: Any) -> None:

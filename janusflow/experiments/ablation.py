@@ -23,7 +23,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from janusflow.errors import JanusFlowError, SettingsError
-from janusflow.files import atomic_path, write_json
+from janusflow.files import atomic_path, held_alone, write_json
 from janusflow.settings import fill, read_yaml
 from janusflow.version import versions
 
@@ -105,7 +105,8 @@ def run_ablation(
         The tables, in Markdown.
 
     Raises:
-        SettingsError: If the design does not hold together, or `jobs` is below 1.
+        SettingsError: If the design does not hold together, `jobs` is below 1, or another command
+            is at work in the folder.
         JanusFlowError: If a run fails; its log is named.
     """
     if jobs < 1:
@@ -113,13 +114,16 @@ def run_ablation(
     values = read_yaml(config)
     settings = fill(AblationSettings, values)
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     places = {
         (name, seed): folder / f"{_folder_name(name)}-seed{seed}"
         for name in settings.runs
         for seed in settings.seeds
     }
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(places), unit="run") as bar:
+    with (
+        held_alone(folder, "ablation"),
+        ThreadPoolExecutor(jobs) as pool,
+        tqdm(total=len(places), unit="run") as bar,
+    ):
         waiting = {
             key: pool.submit(_train, settings, key, place, folder, overrides, jobs)
             for key, place in places.items()

@@ -32,6 +32,7 @@ from janusflow.evaluation.shapes_scorer import fulfils
 from janusflow.experiments.pictures import as_tensor, picture_files, read_square
 from janusflow.experiments.prompts import SHAPES, PromptSettings, load_prompts
 from janusflow.experiments.units import Arrays, Units
+from janusflow.files import held_alone
 from janusflow.flow.guidance import check_guidance_scale
 from janusflow.flow.solvers import make_solver
 from janusflow.flow.timesteps import time_grid
@@ -188,8 +189,8 @@ def compare(settings: CompareSettings, folder: Path, *, progress: bool = False) 
         progress: Show a progress bar.
 
     Raises:
-        SettingsError: If a setting cannot be had, a model lacks its head, or the folder holds
-            results of other settings.
+        SettingsError: If a setting cannot be had, a model lacks its head, the folder holds results
+            of other settings, or another comparison is at work in it.
         CheckpointError: If a model cannot be loaded.
     """
     extractor = feature_extractor(settings.features)
@@ -207,25 +208,24 @@ def compare(settings: CompareSettings, folder: Path, *, progress: bool = False) 
             f"the flow head draws {sizes['flow']} px and the VQ head {sizes['vq']} px; pictures of "
             "one size only can be compared"
         )
-    units = Units(
-        folder,
-        {
-            **asdict(settings),
-            "weights": {
-                head: describe(getattr(settings, f"{head}_model")).weights_hash for head in pipes
-            },
-            "feature_hash": extractor.hash,
-            "versions": versions(),
+    depends = {
+        **asdict(settings),
+        "weights": {
+            head: describe(getattr(settings, f"{head}_model")).weights_hash for head in pipes
         },
-    )
-    work = _Work(settings, units, pipes, prompts, requests, extractor, sizes["flow"])
-    total = len(work.chunks(settings.pictures.num)) + sum(
-        len(work.chunks(len(prompts))) + 2 for _ in variants(settings)
-    )
-    with tqdm(total=total, disable=not progress, unit="piece") as bar:
-        parts = work.reconstruct(bar)
-        drawn = {variant.name: work.draw(variant, bar) for variant in variants(settings)}
-        costs = {variant.name: work.cost(variant, bar) for variant in variants(settings)}
+        "feature_hash": extractor.hash,
+        "versions": versions(),
+    }
+    with held_alone(folder, "comparison"):
+        units = Units(folder, depends)
+        work = _Work(settings, units, pipes, prompts, requests, extractor, sizes["flow"])
+        total = len(work.chunks(settings.pictures.num)) + sum(
+            len(work.chunks(len(prompts))) + 2 for _ in variants(settings)
+        )
+        with tqdm(total=total, disable=not progress, unit="piece") as bar:
+            parts = work.reconstruct(bar)
+            drawn = {variant.name: work.draw(variant, bar) for variant in variants(settings)}
+            costs = {variant.name: work.cost(variant, bar) for variant in variants(settings)}
     tables = {
         "tokenizers": _tokenizer_rows(parts, settings),
         "generation": _generation_rows(drawn, parts, requests, settings),

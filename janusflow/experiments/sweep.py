@@ -12,7 +12,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache, partial
@@ -26,7 +26,6 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -46,7 +45,7 @@ from janusflow.experiments.sweep_sets import (
 )
 from janusflow.experiments.sweep_settings import SweepSettings
 from janusflow.experiments.units import Arrays, Units
-from janusflow.files import atomic_path
+from janusflow.files import atomic_path, held_alone
 from janusflow.models.autoencoder import SDXL_VAE, load_autoencoder
 from janusflow.models.conversion import weights_hash
 from janusflow.models.folders import resolve_model_folder
@@ -319,26 +318,20 @@ def _check_libraries() -> None:
 def _one_run(
     folder: Path, settings: SweepSettings, resolved: Row, state: PartialState
 ) -> Iterator[Units]:
-    """The folder's pieces, for this run alone; the system opens the lock of one that was killed."""
-    lock = FileLock(folder / ".lock")
+    """The folder's pieces, for this run alone."""
     problem: list[str | None] = [None]
-    if state.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-            units = Units(folder, resolved)
-            _prepare(folder, settings)
-        except Timeout:
-            problem = [f"another sweep is at work in {folder}; wait for it, or give another folder"]
-        except SettingsError as error:
-            problem = [str(error)]
-    try:
+    with ExitStack() as stack:
+        if state.is_main_process:
+            try:
+                stack.enter_context(held_alone(folder, "sweep"))
+                units = Units(folder, resolved)
+                _prepare(folder, settings)
+            except SettingsError as error:
+                problem = [str(error)]
         broadcast_object_list(problem)
         if problem[0] is not None:
             raise SettingsError(problem[0])
         yield units if state.is_main_process else Units(folder, resolved)
-    finally:
-        lock.release()
 
 
 def _resolved(

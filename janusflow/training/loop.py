@@ -110,7 +110,8 @@ def train(
         `max_minutes` ended the run before; the same call goes on from there.
 
     Raises:
-        SettingsError: If the settings do not fit the machine, the objective, or the checkpoint.
+        SettingsError: If the settings do not fit the machine, the objective, or the checkpoint, or
+            another run is at work in the folder.
         FloatingPointError: If a gradient is not finite.
     """
     config = config or {"loop": asdict(settings)}
@@ -123,6 +124,18 @@ def train(
         trackers=settings.trackers,
         optimizer=settings.optimizer,
     )
+    with processes.alone_in(accelerator, output_dir):
+        return _train(objective, settings, output_dir, config, accelerator)
+
+
+def _train(
+    objective: Objective,
+    settings: LoopSettings,
+    output_dir: Path,
+    config: dict[str, Any],
+    accelerator: Accelerator,
+) -> bool:
+    """The run itself, in a folder that no other run writes into."""
     main, device = accelerator.is_main_process, accelerator.device
     newest = _newest(output_dir, config, settings.accept_changes, objective.free_settings)
     if settings.gradient_checkpointing:
@@ -143,7 +156,6 @@ def train(
     best = checkpoints.best_figure(output_dir, settings.best)
     accelerator.wait_for_everyone()  # all have read; now the main process may write
     if main:
-        output_dir.mkdir(parents=True, exist_ok=True)
         checkpoints.clean(output_dir)
         write_json(output_dir / "settings.json", {**config, "versions": versions()})
     logs = Logs(accelerator, output_dir, start, config)

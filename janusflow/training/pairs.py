@@ -6,17 +6,23 @@ taken in. Files are made one after another; a run that was stopped goes on with 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from janusflow.data.mixture import DataSettings, open_sources
 from janusflow.data.samples import Sample
+from janusflow.data.sources import Source
 from janusflow.data.sources.pairs import write_pairs
 from janusflow.data.stream import SampleStream
 from janusflow.errors import SettingsError
+from janusflow.files import held_alone, write_json
+from janusflow.models.checkpoints import describe
 from janusflow.pipeline import JanusFlowPipeline
+from janusflow.training.changes import changed
+from janusflow.version import versions
 
 
 @dataclass(frozen=True)
@@ -52,13 +58,37 @@ def make_pairs(settings: PairsRunSettings) -> Path:
         The folder `final` of the output folder.
 
     Raises:
-        SettingsError: If there are no prompts, or a setting does not fit.
+        SettingsError: If there are no prompts, a setting does not fit, or the output folder holds
+            pairs of other settings or another run at work.
     """
-    folder = Path(settings.output_dir) / "final"
-    folder.mkdir(parents=True, exist_ok=True)
     sources = [s for s in open_sources(settings.data) if s.kind == "generation"]
     if not sources:
         raise SettingsError("prompts come from sources of kind generation, and data has none")
+    with held_alone(settings.output_dir, "run"):
+        _keep_settings(settings)
+        return _make_missing(settings, sources)
+
+
+def _keep_settings(settings: PairsRunSettings) -> None:
+    """Notes what pairs are made with beside them; refuses to go on with something else."""
+    file = Path(settings.output_dir) / "settings.json"
+    now = {**asdict(settings), "weights_hash": describe(settings.model).weights_hash}
+    now = json.loads(json.dumps(now))  # as it is read again
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        names = changed(before, now, free=["batch_size", "device"])
+        if names:
+            raise SettingsError(
+                f"{settings.output_dir} holds pairs that were made with other settings "
+                f"({'; '.join(names)}); set them back, or take another --output-dir"
+            )
+    write_json(file, {**now, "versions": versions()})
+
+
+def _make_missing(settings: PairsRunSettings, sources: list[Source]) -> Path:
+    """Makes the files that are not there yet; returns their folder."""
+    folder = Path(settings.output_dir) / "final"
+    folder.mkdir(exist_ok=True)
     pipe = JanusFlowPipeline.from_pretrained(settings.model, vae=None, device=settings.device)
     pipe.set_progress_bar_config(disable=True)
     num_files = -(-settings.num_pairs // settings.pairs_per_file)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from janusflow.errors import SettingsError
+from janusflow.files import held_alone
 from janusflow.training.objective import Objective
 from janusflow.training.optimizers import OptimizerSettings
 from janusflow.training.zero_moments import ZeroMoments
@@ -100,6 +101,26 @@ def accelerator_for(
         # Batches are ours, so DeepSpeed needs no more than a number here.
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
     return accelerator
+
+
+@contextmanager
+def alone_in(accelerator: Accelerator, folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a run's folder.
+
+    Raises:
+        SettingsError: In all processes, if another run is at work in it.
+    """
+    problem = None
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            try:
+                stack.enter_context(held_alone(folder, "run"))
+            except SettingsError as error:
+                problem = str(error)
+        problem = of_main(accelerator, problem)
+        if problem is not None:
+            raise SettingsError(problem)
+        yield
 
 
 def prepare(

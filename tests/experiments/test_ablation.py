@@ -21,6 +21,7 @@ from janusflow.experiments.ablation import (
     run_ablation,
     runs_table,
 )
+from janusflow.files import held_alone
 from janusflow.settings import fill, read_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -154,6 +155,15 @@ def test_all_runs_are_made_and_their_tables_drawn(small, tmp_path):
     ]
     assert losses[0] != losses[1]
     assert len(list((folder / "encoded").glob("latents*.safetensors"))) == 1
+
+
+def test_a_second_command_in_the_folder_is_refused(small, tmp_path):
+    with (
+        held_alone(tmp_path / "out", "ablation"),
+        pytest.raises(SettingsError, match="another ablation is at work in"),
+    ):
+        run_ablation(small, tmp_path / "out", ["loop.stepps=1"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def test_a_run_that_fails_is_named_with_its_log(small, tmp_path):

@@ -23,6 +23,7 @@ from janusflow import SettingsError
 from janusflow.experiments import compare as module
 from janusflow.experiments.compare import CompareSettings, Comparison, compare, trained_alike
 from janusflow.experiments.compare_report import write_report
+from janusflow.files import held_alone
 from janusflow.settings import fill, read_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "compare"
@@ -147,6 +148,17 @@ def test_a_folder_of_other_settings_is_left_alone(
     with pytest.raises(SettingsError, match=r"holds results of other settings \(.*flow_model"):
         compare(settings, tmp_path)
     assert not list((tmp_path / "units").iterdir())
+
+
+def test_a_second_comparison_in_the_folder_is_refused(
+    settings: CompareSettings, tmp_path: Path
+) -> None:
+    with (
+        held_alone(tmp_path, "comparison"),
+        pytest.raises(SettingsError, match=f"another comparison is at work in {tmp_path}; wait"),
+    ):
+        compare(settings, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_the_report_holds_tables_figures_and_prompts(

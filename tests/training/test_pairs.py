@@ -10,6 +10,7 @@ import torch
 
 from janusflow import JanusFlowPipeline, SettingsError
 from janusflow.data.sources import open_source, source_settings
+from janusflow.files import held_alone
 from janusflow.settings import fill
 from janusflow.training.pairs import PairsRunSettings, make_pairs
 from janusflow.training.stage import StageObjective, StageSettings
@@ -67,6 +68,22 @@ def test_a_run_that_was_stopped_makes_the_same_files(folder: Path, tmp_path: Pat
     make_pairs(settings_of(tmp_path))
     assert {file.name: file.read_bytes() for file in files} == whole
     assert (tmp_path / "final" / "part-00000.safetensors").stat().st_mtime_ns == kept
+
+
+def test_pairs_of_other_settings_are_left_alone(folder: Path) -> None:
+    place = folder.parent
+    before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    for changes in ({"guidance_scale": 3.0}, {"num_pairs": 8}):
+        name = next(iter(changes))
+        with pytest.raises(SettingsError, match=rf"made with other settings \({name}: .*set them"):
+            make_pairs(settings_of(place, **changes))
+    with (
+        held_alone(place, "run"),
+        pytest.raises(SettingsError, match="another run is at work in"),
+    ):
+        make_pairs(settings_of(place))
+    make_pairs(settings_of(place, batch_size=2))
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
 
 
 def test_a_stage_learns_the_straight_path_between_the_ends(folder: Path, tmp_path: Path) -> None:

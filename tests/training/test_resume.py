@@ -20,6 +20,7 @@ from torch import nn
 from toy_run import Regression, Streams, curve, loop
 
 from janusflow.errors import CheckpointError, SettingsError
+from janusflow.files import held_alone
 from janusflow.training import checkpoints
 from janusflow.training.changes import changed
 from janusflow.training.ema import EMA
@@ -173,6 +174,17 @@ def test_other_settings_are_refused_by_name(tmp_path):
             train(Regression(), loop(steps=14, **changes), tmp_path)
     assert json.loads((tmp_path / "settings.json").read_text())["loop"]["seed"] == 0
     assert train(Regression(), loop(steps=14, seed=1, accept_changes=True), tmp_path)
+
+
+def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(tmp_path):
+    train(Regression(), loop(steps=4), tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with held_alone(tmp_path, "run"):
+        for settings in (loop(), loop(seed=1)):
+            with pytest.raises(SettingsError, match=f"another run is at work in {tmp_path}; wait"):
+                train(Regression(), settings, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert train(Regression(), loop(), tmp_path)
 
 
 def test_settings_that_change_nothing_learned_may_change(tmp_path):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from toy_run import Regression, Streams, curve, loop
 
 from janusflow.errors import SettingsError
+from janusflow.files import held_alone
 from janusflow.training import processes
 from janusflow.training.loop import LoopSettings, train
 
@@ -214,6 +215,14 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, way):
         assert a.keys() == b.keys()
         for key in a:
             torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-5)
+
+
+def test_all_processes_of_a_second_run_are_told(tmp_path):
+    with held_alone(tmp_path, "run"):
+        done = toy_in_two_processes(tmp_path, {"microbatches": 2})
+    assert done.returncode != 0
+    assert done.stderr.count("SettingsError: another run is at work in") == 2
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_shards_write_the_model_that_whole_weights_do(tmp_path):
