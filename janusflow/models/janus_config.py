@@ -159,6 +159,7 @@ def config_from_transformers(
         learned_begin_embedding=False,
         image_token_id=token_ids.get("image_token_id", read.image_token_id),
         pad_token_id=token_ids.get("pad_token_id", text.pad_token_id),
+        drawing_defaults=content.get(OVERRIDES, {}).get("drawing_defaults"),
         **({"dtype": dtype} if dtype else {}),
     )
 
@@ -189,7 +190,9 @@ def config_to_transformers(config: JanusFlowConfig) -> dict[str, Any]:
         architectures=["JanusForConditionalGeneration"],
         **({"dtype": config.dtype} if config.dtype is not None else {}),
     )
-    return made.to_dict()
+    if config.drawing_defaults is None:
+        return made.to_dict()
+    return {**made.to_dict(), OVERRIDES: {"drawing_defaults": config.drawing_defaults}}
 
 
 def _values(config: Any) -> dict[str, Any]:

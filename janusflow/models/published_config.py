@@ -91,7 +91,7 @@ def config_from_published(
 def read_common(
     content: Mapping[str, Any], token_ids: Mapping[str, int]
 ) -> tuple[LlamaConfig, dict[str, Any]]:
-    """The language model of a published config, and our config's ids of tokens and type."""
+    """The language model of a published config, and what of ours concerns no part of the model."""
     overrides = content.get(OVERRIDES, {})
     language = {k: v for k, v in content["language_config"].items() if not k.startswith("_")}
     if language.pop("model_type", "llama") != "llama":
@@ -106,6 +106,7 @@ def read_common(
     common = {
         key: token_ids.get(key, overrides.get(key)) for key in ("image_token_id", "pad_token_id")
     }
+    common["drawing_defaults"] = overrides.get("drawing_defaults")
     return text, {**common, **({"dtype": dtype} if dtype else {})}
 
 
@@ -222,7 +223,7 @@ def with_overrides(
             differing = difference(own.to_dict(), getattr(found, part).to_dict())
             if differing:
                 overrides[part] = differing
-    for key in ("image_token_id", "pad_token_id"):
+    for key in ("image_token_id", "pad_token_id", "drawing_defaults"):
         if getattr(config, key) != getattr(found, key):
             overrides[key] = getattr(config, key)
     if overrides:

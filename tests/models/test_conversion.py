@@ -17,6 +17,7 @@ from models.toy import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import JanusForConditionalGeneration
 
 from janusflow import CheckpointError, SettingsError
 from janusflow import JanusFlowForConditionalGeneration as Model
@@ -87,6 +88,7 @@ def test_settings_that_published_sections_cannot_say_survive(tmp_path: Path) -> 
         flow_config={"kernel_size": 3, "mlp_ratio": 2, "image_size": 64, "num_encoder_blocks": 1},
         pixel_mean=[0.1, 0.2, 0.3],
         pixel_std=[0.5, 0.5, 0.6],
+        drawing_defaults={"flow": {"guidance_scale": 3.0}},
     )
     tiny_model_of(config).save_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "published", to="published")
@@ -258,6 +260,18 @@ def test_janus_goes_round_all_layouts_and_comes_back_the_same(tmp_path: Path) ->
         back = convert(source, tmp_path / f"back-{name}", to="published")
         assert_same_tensors(tensors_of(back), held)
         assert json.loads((back / "config.json").read_text()) == config
+
+
+def test_what_janus_draws_with_survives_in_all_layouts(tmp_path: Path) -> None:
+    ours = convert(janus_folder(tmp_path), tmp_path / "ours")
+    config = json.loads((ours / "config.json").read_text())
+    config["drawing_defaults"] = {"vq": {"guidance_scale": 2.0, "temperature": 0.5}}
+    (ours / "config.json").write_text(json.dumps(config))
+    theirs = convert(ours, tmp_path / "theirs", to="transformers")
+    published = convert(theirs, tmp_path / "there", to="published")
+    back = convert(published, tmp_path / "back")
+    assert json.loads((back / "config.json").read_text()) == config
+    JanusForConditionalGeneration.from_pretrained(theirs)  # reads past it
 
 
 def test_janus_shards_of_bin_files_load(tmp_path: Path) -> None:
