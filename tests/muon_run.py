@@ -21,7 +21,7 @@ OPTIONS = [
 
 
 def main() -> None:
-    begin()
+    state = begin()
     counts = []
     orthogonal = shared_muon.orthogonal
 
@@ -50,6 +50,7 @@ def main() -> None:
     (built,) = build_optimizers(nn.Linear(2, 2, bias=False), OptimizerSettings(name="muon"))
     assert isinstance(built, shared_muon.SharedMuon)
     print(f"{len(counts)}\n", end="")  # in one piece, beside the other process
+    state.destroy_process_group()  # else its threads may still be at work when Python ends
 
 
 if __name__ == "__main__":

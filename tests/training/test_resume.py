@@ -94,7 +94,7 @@ def test_a_checkpoint_that_was_being_written_does_not_count(tmp_path, monkeypatc
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     runs = [tmp_path / run / "step-0000008" for run in ("whole", "killed")]
     assert same_files(*runs)
-    assert not list((tmp_path / "killed").glob(".*"))
+    assert [path.name for path in (tmp_path / "killed").glob(".*")] == [".lock"]
 
 
 def test_a_checkpoint_that_was_being_removed_does_not_count(tmp_path, monkeypatch):
