@@ -39,7 +39,9 @@ class ZeroMoments:
         for group, own in zip(self._groups, self._slices, strict=True):
             moments = self._optimizer.optimizer.state.get(own, {})
             for weight in group if moments else ():
-                whole = {name: safe_get_full_optimizer_state(weight, name) for name in _MOMENTS}
+                whole = {  # on the CPU: no device has room for all of them
+                    name: safe_get_full_optimizer_state(weight, name).cpu() for name in _MOMENTS
+                }
                 state[len(state)] = {"step": moments["step"].clone(), **whole}
         return {"state": state, "param_groups": self.param_groups}
 
