@@ -11,7 +11,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
         "num_inference_steps": 6,
         "solver": "unipc",
-        "shift": 1.6,
+        "shift": 1.3,
         "guidance_scale": 1.75,
     },
 }
