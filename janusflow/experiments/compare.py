@@ -36,7 +36,7 @@ from janusflow.files import held_alone
 from janusflow.flow.guidance import check_guidance_scale
 from janusflow.flow.solvers import make_solver
 from janusflow.flow.timesteps import time_grid
-from janusflow.models.autoencoder import decode
+from janusflow.models.autoencoder import decode, encode
 from janusflow.models.checkpoints import describe, model_folder, resolve_model_folder
 from janusflow.models.token_sampling import token_choice
 from janusflow.pipeline import JanusFlowPipeline
@@ -360,10 +360,7 @@ class _Work:
             pixels = (2 * originals - 1).to(pipe.device, pipe.model.dtype)
             if head == "flow":
                 assert pipe.vae is not None
-                latents = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mean
-                shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
-                scaled = (latents.float() - shift) * pipe.vae.config.scaling_factor
-                decoded = decode(pipe.vae, scaled)
+                decoded = decode(pipe.vae, encode(pipe.vae, pixels))
             else:
                 decoded = pipe.model.vq_head.decode(pipe.model.vq_head.encode(pixels))
             shown = _rounded(decoded / 2 + 0.5)
