@@ -82,6 +82,11 @@ def _keep_settings(settings: PairsRunSettings) -> None:
                 f"{settings.output_dir} holds pairs that were made with other settings "
                 f"({'; '.join(names)}); set them back, or take another --output-dir"
             )
+    elif any(Path(settings.output_dir, "final").glob("*.safetensors")):
+        raise SettingsError(
+            f"{settings.output_dir} holds pairs, but not the settings.json that tells how they "
+            "were made; take another --output-dir"
+        )
     write_json(file, {**now, "versions": versions()})
 
 

@@ -86,6 +86,15 @@ def test_pairs_of_other_settings_are_left_alone(folder: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
 
 
+def test_pairs_of_unknown_settings_are_left_alone(tmp_path: Path) -> None:
+    stranger = tmp_path / "final" / "part-00000.safetensors"
+    stranger.parent.mkdir()
+    stranger.write_bytes(b"")
+    with pytest.raises(SettingsError, match=r"holds pairs, but not the settings\.json"):
+        make_pairs(settings_of(tmp_path))
+    assert [file.name for file in stranger.parent.iterdir()] == [stranger.name]
+
+
 def test_a_stage_learns_the_straight_path_between_the_ends(folder: Path, tmp_path: Path) -> None:
     pairs = {"format": "pairs", "kind": "generation", "path": str(folder)}
     values: dict[str, Any] = {
