@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from janusflow.training.muon import Muon
 from janusflow.training.objective import Objective
 
 
@@ -52,7 +53,7 @@ def _memory(
     for weight in trained:
         kept[f"gradients in {_name(weight)}"] += _size(weight) / shares
     for optimizer in optimizers:
-        number = 1 if isinstance(optimizer, torch.optim.Muon) else 2
+        number = 1 if isinstance(optimizer, Muon) else 2
         for group in optimizer.param_groups:
             for weight in group["params"]:
                 kept[f"moments in {_name(weight)}"] += number * _size(weight) / shares

@@ -1,7 +1,7 @@
 """Optimizers and the learning-rate schedule.
 
-Muon (https://kellerjordan.github.io/posts/muon) steps the matrices inside the layers; embeddings,
-heads, norms, biases and convolutions always take AdamW.
+Muon (https://kellerjordan.github.io/posts/muon) steps the matrices inside the layers and, where it
+is asked for, the kernels of convolutions; embeddings, heads, norms and biases always take AdamW.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from janusflow.errors import SettingsError
-from janusflow.training.shared_muon import SharedMuon
+from janusflow.training.muon import Muon
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,9 @@ class OptimizerSettings:
 
     name: str = "adamw"
     """"adamw", or "muon" for the layers' matrices with AdamW for all else."""
+    kernels: bool = False
+    """Whether Muon steps convolutions too; depthwise ones, and a network's first and last, which
+    see pixels, stay with AdamW."""
     learning_rate: float = 1e-4
     """Peak rate; Muon's updates are scaled to the size of AdamW's, so both share it."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -36,12 +39,16 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "muon"):
             raise SettingsError(f"optimizer.name is 'adamw' or 'muon', not {self.name!r}")
+        if self.kernels and self.name != "muon":
+            raise SettingsError(
+                "optimizer.kernels is a choice of Muon's; set optimizer.name to muon"
+            )
         if not 0 <= self.decay_fraction <= 1:
             raise SettingsError(f"optimizer.decay_fraction is in [0, 1], not {self.decay_fraction}")
 
 
 def build_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
-    """One optimizer, or two for Muon: (Muon over matrices, AdamW over the rest).
+    """One optimizer, or two for Muon: (Muon over matrices and kernels, AdamW over the rest).
 
     Raises:
         SettingsError: If nothing is trainable.
@@ -51,20 +58,12 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torc
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        inner = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
-        (matrices if inner and settings.name == "muon" else rest).append(parameter)
+        (matrices if _takes_muon(name, parameter, settings) else rest).append(parameter)
     if not matrices and not rest:
         raise SettingsError("nothing is trainable: every weight is frozen")
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        kind = SharedMuon if distributed.is_initialized() else torch.optim.Muon
-        muon = kind(
-            matrices,
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        optimizers.append(muon)
+        optimizers.append(Muon(matrices, settings.learning_rate, settings.weight_decay))
     if rest:
         adamw = torch.optim.AdamW(
             rest,
@@ -75,6 +74,13 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torc
         )
         optimizers.append(adamw)
     return optimizers
+
+
+def _takes_muon(name: str, parameter: nn.Parameter, settings: OptimizerSettings) -> bool:
+    outer = any(part in name for part in ("embed", "lm_head", "conv_in", "conv_out"))
+    matrix = parameter.ndim == 2
+    kernel = settings.kernels and parameter.ndim == 4 and parameter.shape[1] > 1
+    return settings.name == "muon" and not outer and (matrix or kernel)
 
 
 def rate_factor(step: int, total_steps: int, settings: OptimizerSettings) -> float:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import muon_run
 import pytest
 import torch
 from accelerate import DistributedType
@@ -182,11 +183,15 @@ def test_two_processes_make_the_curve_of_one(tmp_path):
         assert {k: a[k] for k in losses} == pytest.approx({k: b[k] for k in losses}, abs=1e-4)
 
 
+def test_steps_of_muon_are_those_of_the_library_to_the_bit():
+    muon_run.compare()
+
+
 def test_shared_steps_of_muon_are_those_of_the_library_to_the_bit():
     done = in_two_processes(str(TESTS / "muon_run.py"))
     assert done.returncode == 0, done.stderr
     made = sorted(int(count) for count in done.stdout.split())
-    assert made == [6, 30], "one has the largest matrix, the other all that are left"
+    assert made == [6, 36], "one has the largest matrix, the other all that are left"
 
 
 @pytest.mark.parametrize("way", ["whole", "shards", "muon"])

@@ -110,6 +110,25 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     assert (3, 4) in [tuple(p.shape) for p in adamw.param_groups[0]["params"]]
 
 
+def test_muon_takes_the_kernels_inside_when_asked():
+    objective = nn.ModuleDict(
+        {
+            "conv_in": nn.Conv2d(3, 8, 3),
+            "inner": nn.Conv2d(8, 16, 3),
+            "depthwise": nn.Conv2d(16, 16, 3, groups=16),
+            "linear": nn.Linear(16, 16),
+            "conv_out": nn.Conv2d(16, 3, 3),
+        }
+    )
+    for kernels, inside in [(False, [(16, 16)]), (True, [(16, 8, 3, 3), (16, 16)])]:
+        settings = OptimizerSettings(name="muon", kernels=kernels)
+        muon, adamw = build_optimizers(objective, settings)
+        assert [tuple(p.shape) for p in muon.param_groups[0]["params"]] == inside
+        assert len(adamw.param_groups[0]["params"]) == 10 - len(inside)
+    with pytest.raises(SettingsError, match=r"a choice of Muon's; set optimizer\.name to muon"):
+        OptimizerSettings(kernels=True)
+
+
 def test_only_what_is_trainable_has_an_optimizer():
     objective = Regression()
     objective.net[0].requires_grad_(False)
