@@ -44,8 +44,6 @@ class AutoencoderSettings:
     latent_noise: float = 0.1
     """Noise on the latents, in their standard deviations: the decoder learns to forgive small
     errors of the flow."""
-    latent_noise_from_step: int = 0
-    """Step from which on the latents are noisy; before, the pictures come out sharp sooner."""
     object_weight: float = 4.0
     """Pixels of objects count so many times more than those of the background."""
     object_margin: int = 0
@@ -56,7 +54,7 @@ class AutoencoderSettings:
 def to_pixels(pictures: list[Image.Image]) -> Tensor:
     """RGB pictures of one size as float32 (B, 3, H, W) in [-1, 1]."""
     stacked = np.stack([np.asarray(picture) for picture in pictures])
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 
 def object_weights(pixels: Tensor, weight: float, margin: int = 0) -> Tensor:
@@ -120,10 +118,9 @@ class AutoencoderObjective(Objective):
             self.vae.encoder.requires_grad_(False)
             if self.vae.quant_conv is not None:
                 self.vae.quant_conv.requires_grad_(False)
-        self.vae.to(memory_format=torch.channels_last)
 
     def batch(self, step: int, part: int = 0) -> dict[str, Tensor]:
-        """Pixels (B, 3, H, W), the posterior's noise (B, C, h, w), the scale of more noise."""
+        """Pixels (B, 3, H, W) and the noise of the latents (B, C, h, w)."""
         loop = self.settings.loop
         rng = np.random.default_rng([loop.seed, loop.sample(step, part)])
         size, num = self.settings.image_size, self.settings.batch_size
@@ -131,18 +128,12 @@ class AutoencoderObjective(Objective):
         side = size // scale_factor(self.vae)
         channels = self.vae.config.latent_channels
         noise = rng.standard_normal((num, channels, side, side), np.float32)
-        return {
-            "pixels": pixels.contiguous(memory_format=torch.channels_last),
-            "noise": torch.from_numpy(noise),
-            "latent_noise": torch.tensor(
-                self.settings.latent_noise if step >= self.settings.latent_noise_from_step else 0.0
-            ),
-        }
+        return {"pixels": pixels, "noise": torch.from_numpy(noise)}
 
-    def forward(self, *, pixels: Tensor, noise: Tensor, latent_noise: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, *, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         """Reconstruction losses and KL divergence."""
         posterior = self.vae.encode(pixels).latent_dist
-        std = posterior.std + latent_noise * posterior.mean.detach().std()
+        std = posterior.std + self.settings.latent_noise * posterior.mean.detach().std()
         decoded = self.vae.decode(posterior.mean + std * noise).sample.float()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()

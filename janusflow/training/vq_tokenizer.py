@@ -95,7 +95,6 @@ class VQTokenizerObjective(Objective):
                 self.tokenizer.quantize,
             ):
                 part.requires_grad_(False)
-        self.tokenizer.to(memory_format=torch.channels_last)
 
     @property
     def codebook(self) -> nn.Parameter:
@@ -108,7 +107,7 @@ class VQTokenizerObjective(Objective):
         rng = np.random.default_rng([loop.seed, 6, loop.sample(step, part)])
         scenes = [sample_scene(rng) for _ in range(self.settings.batch_size)]
         pixels = to_pixels([draw(scene, self.settings.image_size) for scene in scenes])
-        return {"pixels": pixels.contiguous(memory_format=torch.channels_last)}
+        return {"pixels": pixels}
 
     def features(self, pixels: Tensor) -> Tensor:
         """Features of length 1, (B, D, h, w)."""

@@ -18,7 +18,6 @@ from janusflow.training.loop import train
 SMALL = {
     "block_out_channels": [8, 8, 8, 8],
     "batch_size": 4,
-    "latent_noise_from_step": 5,
     "loop": {"steps": 60, "precision": "no", "log_every": 1, "optimizer": {"learning_rate": 3e-3}},
 }
 
@@ -88,13 +87,15 @@ def test_a_decoder_trains_on_with_the_encoder_and_its_latents_as_they_were(tmp_p
         assert not torch.equal(after.decode(latents).sample, before.decode(latents).sample)
 
 
-def test_latents_are_noisy_from_the_named_step_on(objective):
-    assert objective.batch(4)["latent_noise"] == 0
-    assert objective.batch(5)["latent_noise"] == objective.settings.latent_noise == 0.1
-    batch = {**objective.batch(0), "noise": torch.ones(4, 4, 8, 8)}
-    quiet = objective(**batch)["absolute"]
-    noisy = objective(**{**batch, "latent_noise": torch.tensor(3.0)})["absolute"]
-    assert quiet != noisy
+def test_the_decoder_sees_latents_with_noise_in_their_own_deviations(objective):
+    seen = []
+    decode = objective.vae.decode
+    objective.vae.decode = lambda latents: seen.append(latents) or decode(latents)
+    batch = objective.batch(0)
+    posterior = objective.vae.encode(batch["pixels"]).latent_dist
+    objective(**batch)
+    added = 0.1 * posterior.mean.std()  # the default
+    torch.testing.assert_close(seen[0], posterior.mean + (posterior.std + added) * batch["noise"])
 
 
 def test_training_learns_and_exports_latents_of_unit_deviation(objective, tmp_path):

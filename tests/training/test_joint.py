@@ -340,15 +340,19 @@ def test_a_missing_autoencoder_is_named_with_the_command_that_makes_it(tmp_path)
     ("name", "kind"),
     [
         ("autoencoder", AutoencoderSettings),
-        ("decoder", AutoencoderSettings),
         ("vq_tokenizer", VQTokenizerSettings),
-        ("vq_decoder", VQTokenizerSettings),
         ("joint", JointSettings),
     ],
 )
 def test_the_shipped_configs_fit_their_settings(name, kind):
     settings = fill(kind, read_yaml(CONFIGS / f"{name}.yaml"))
     assert settings.task == kind().task
+
+
+def test_the_shipped_joint_run_takes_what_the_other_runs_leave():
+    joint = read_yaml(CONFIGS / "joint.yaml")
+    for name in ("autoencoder", "vq_tokenizer"):
+        assert joint[name] == read_yaml(CONFIGS / f"{name}.yaml")["output_dir"] + "/final"
 
 
 def test_an_unknown_density_of_times_is_refused():
