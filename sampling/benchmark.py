@@ -57,7 +57,7 @@ def vq_part(where: str, folder: Path) -> Path:
 
 def timed(draw: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
     began = time.perf_counter()
-    tokens = draw()
+    tokens = draw().cpu()  # a GPU is waited for
     return tokens, (time.perf_counter() - began) / tokens.shape[1]
 
 

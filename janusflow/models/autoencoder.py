@@ -111,12 +111,15 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Scaled latents, float32 (B, C, H/8, W/8), of pixels (B, 3, H, W) in [-1, 1]: their means."""
+def encode(vae: AutoencoderKL, pixels: Tensor, at_once: int = _DECODED_AT_ONCE) -> Tensor:
+    """Scaled latents, float32 (B, C, H/8, W/8), of pixels (B, 3, H, W) in [-1, 1]: their means.
+
+    The network takes `at_once` pictures in a call.
+    """
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     parts = [
         vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode()
-        for part in pixels.split(_DECODED_AT_ONCE)
+        for part in pixels.split(at_once)
     ]
     return (torch.cat(parts).float() - shift) * vae.config.scaling_factor
 

@@ -60,12 +60,15 @@ class VQHead(nn.Module):
         return self.head(hidden_states)
 
     @torch.no_grad()
-    def encode(self, pixel_values: Tensor) -> Tensor:
-        """Tokens (B, N) of pictures (B, 3, H, W) in [-1, 1], by the codes nearest in direction."""
+    def encode(self, pixel_values: Tensor, at_once: int = _DECODED_AT_ONCE) -> Tensor:
+        """Tokens (B, N) of pictures (B, 3, H, W) in [-1, 1], by the codes nearest in direction.
+
+        The network takes `at_once` pictures in a call.
+        """
         tokenizer = self.tokenizer
         parts = [
             tokenizer.quant_conv(tokenizer.encoder(part.to(tokenizer.dtype)))
-            for part in pixel_values.split(_DECODED_AT_ONCE)
+            for part in pixel_values.split(at_once)
         ]
         features = torch.cat(parts).flatten(2).mT  # B N D
         return nearest_codes(features, tokenizer.quantize.embedding.weight)

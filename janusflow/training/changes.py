@@ -26,6 +26,7 @@ FREE = (
     "loop.best",
     "loop.trackers",
     "loop.accept_changes",
+    "loop.workers",
     "loop.compile",  # from here on, the same up to rounding
     "loop.gradient_checkpointing",
     "loop.ema_device",

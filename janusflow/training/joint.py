@@ -32,6 +32,7 @@ from janusflow.models.prefix import shared_prefix_mask
 from janusflow.training.alignment import AlignmentHead, AlignmentSettings, alignment_loss
 from janusflow.training.found_parts import find_autoencoder, find_vq_tokenizer
 from janusflow.training.joint_parts import (
+    at_once,
     encoded_pictures,
     latents_of,
     model_config,
@@ -46,6 +47,7 @@ from janusflow.training.losses import (
     patch_loss,
     rectified_flow_loss,
 )
+from janusflow.training.processes import begin
 from janusflow.training.shared_encoder import SharedEncoderModel
 
 if TYPE_CHECKING:
@@ -225,7 +227,8 @@ class JointObjective(Objective):
         super().__init__()
         self.settings = settings
         folder = Path(settings.output_dir)
-        vae = find_autoencoder(settings.autoencoder).requires_grad_(False)
+        device = begin().device  # pictures are encoded before the rest is brought there
+        vae = find_autoencoder(settings.autoencoder).requires_grad_(False).to(device)
         self._frozen = {"vae": vae}  # in a dict: no part of what is trained and saved
         self._shared = settings.looking.encoder == "drawing"
         sizes = settings.model
@@ -245,7 +248,7 @@ class JointObjective(Objective):
             self.model = JanusFlowForConditionalGeneration(config)
         if settings.vq_tokenizer is not None:
             self.model.vq_head.tokenizer.load_state_dict(tokenizer.state_dict())
-            self.model.vq_head.tokenizer.requires_grad_(False)
+            self.model.vq_head.tokenizer.requires_grad_(False).to(device)
         if settings.vision_model is not None:
             take_vision_tower(self.model, settings.vision_model)
         # On a CPU the backward pass of the fused attention takes longer than matrices this small.
@@ -269,7 +272,7 @@ class JointObjective(Objective):
             self.image_tokens = encoded_pictures(
                 "image_tokens",
                 settings,
-                lambda pixels: self.model.vq_head.encode(pixels).to(torch.int32),
+                lambda pixels: self.model.vq_head.encode(pixels, at_once(device)).int(),
                 self.model.vq_head.tokenizer,
             )
 

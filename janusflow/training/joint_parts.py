@@ -32,6 +32,7 @@ from janusflow.processing.processor import JanusFlowProcessor
 from janusflow.processing.prompts import PromptFormat
 from janusflow.processing.tokenizer import load_tokenizer
 from janusflow.training.autoencoder import to_pixels
+from janusflow.training.making import made
 from janusflow.training.shared_encoder import SharedEncoderConfig
 
 if TYPE_CHECKING:
@@ -123,7 +124,12 @@ def vq_config(tokenizer: JanusVQVAE, sizes: ModelSizes) -> JanusVQVAEConfig:
 def latents_of(vae: AutoencoderKL) -> Callable[[Tensor], Tensor]:
     """Makes scaled latents, float16 (B, C, H/8, W/8), of pixels."""
     vae = vae.to(memory_format=torch.channels_last)
-    return lambda pixels: encode(vae, pixels).half()
+    return lambda pixels: encode(vae, pixels, at_once(vae.device)).half()
+
+
+def at_once(device: torch.device) -> int:
+    """Pictures of the shapes world that a network encodes in a call."""
+    return 8 if device.type == "cpu" else 256
 
 
 @torch.no_grad()
@@ -132,10 +138,12 @@ def encoded_pictures(
 ) -> Tensor:
     """What `encode` makes of all pictures, (pictures, …), made once and kept in a file."""
     num, size, seed = settings.drawing.num_pictures, settings.model.image_size, settings.loop.seed
+    mixed = settings.loop.precision == "bf16"
     if settings.cache is None:
         path = Path(settings.output_dir) / f"{name}.safetensors"
     else:
         kept_for = f"{name}-{size}px-{num}-seed{seed}-{module_hash(network)[:12]}"
+        kept_for += "" if mixed else "-float32"
         path = Path(settings.cache) / f"{kept_for}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # another run may be making them
@@ -143,11 +151,16 @@ def encoded_pictures(
             kept = load_file(path)[name]
             if len(kept) == num:
                 return kept
-        parts = []
-        for start in tqdm(range(0, num, 32), desc=name, mininterval=10):
-            scenes = [picture_scene(seed, i) for i in range(start, min(start + 32, num))]
-            with torch.autocast("cpu", torch.bfloat16):
-                parts.append(encode(to_pixels([draw(scene, size) for scene in scenes])).cpu())
+        device = next(network.parameters()).device
+
+        def drawn(start: int) -> Tensor:
+            scenes = [picture_scene(seed, i) for i in range(start, min(start + 64, num))]
+            return to_pixels([draw(scene, size) for scene in scenes])
+
+        starts = tqdm(range(0, num, 64), desc=name, mininterval=10)
+        pixels = made(drawn, starts, settings.loop.workers, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            parts = [encode(part.to(device)).cpu() for part in pixels]
         encoded = torch.cat(parts).contiguous()
         with atomic_path(path) as scratch:
             save_file({name: encoded}, scratch)

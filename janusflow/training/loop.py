@@ -23,6 +23,7 @@ from janusflow.files import atomic_folder, write_json
 from janusflow.training import announcement, changes, checkpoints, processes
 from janusflow.training.ema import EMA
 from janusflow.training.logs import Logs, check_trackers
+from janusflow.training.making import check_workers, made
 from janusflow.training.objective import Objective
 from janusflow.training.optimizers import (
     OptimizerSettings,
@@ -31,7 +32,7 @@ from janusflow.training.optimizers import (
     rate_factor,
     set_rates,
 )
-from janusflow.training.throughput import Meter, count_arithmetic, matmul_peak
+from janusflow.training.throughput import Meter, bfloat16_slowdown, count_arithmetic, matmul_peak
 from janusflow.version import versions
 
 
@@ -44,7 +45,9 @@ class LoopSettings:
     microbatches: int = 1
     """Parts of a step, over which the gradient is averaged; a multiple of the processes."""
     precision: str = "bf16"
-    """"bf16" (autocast; weights stay float32) or "no"."""
+    """"bf16" (autocast; weights stay float32; Muon's updates) or "no": all in float32."""
+    workers: int = 0
+    """Processes that make batches ahead, where a batch is a function of its number; 0 = none."""
     compile: bool = False
     """Compile the objective with torch.compile."""
     gradient_checkpointing: bool = False
@@ -75,6 +78,8 @@ class LoopSettings:
         for name in ("steps", "microbatches", "log_every", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"loop.{name} is at least 1, not {getattr(self, name)}")
+        if self.workers < 0:
+            raise SettingsError(f"loop.workers is at least 0, not {self.workers}")
         if self.precision not in ("bf16", "no"):
             raise SettingsError(f"loop.precision is 'bf16' or 'no', not {self.precision!r}")
         if self.ema_device not in ("device", "cpu"):
@@ -115,6 +120,12 @@ def train(
         FloatingPointError: If a gradient is not finite.
     """
     config = config or {"loop": asdict(settings)}
+    if settings.workers and objective.has_streams:
+        raise SettingsError(
+            f"loop.workers is {settings.workers}, but this task reads streams of data, ahead by "
+            "threads (data.ahead); set loop.workers to 0"
+        )
+    check_workers(settings.workers)
     check_trackers(settings.trackers)
     accelerator = processes.accelerator_for(
         objective,
@@ -140,7 +151,8 @@ def _train(
     newest = _newest(output_dir, config, settings.accept_changes, objective.free_settings)
     if settings.gradient_checkpointing:
         objective.enable_gradient_checkpointing()
-    optimizers = build_optimizers(objective, settings.optimizer)
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    optimizers = build_optimizers(objective, settings.optimizer, dtype)
     rates = peak_rates(optimizers)
     shares = processes.shares(accelerator)
     for line in announcement.lines(objective, optimizers, settings.ema_device, shares):
@@ -165,6 +177,9 @@ def _train(
 
     parameters = [p for p in objective.parameters() if p.requires_grad]
     parts = range(accelerator.process_index, settings.microbatches, accelerator.num_processes)
+    numbers = [(step, part) for step in range(start, settings.steps) for part in parts]
+    batches = made(lambda number: objective.batch(*number), numbers, settings.workers, device)
+    pinned = settings.workers > 0 and device.type == "cuda"
     meter = Meter(device)
     began = time.monotonic()
     stopped = False
@@ -173,7 +188,7 @@ def _train(
         set_rates(optimizers, rates, factor)
         totals: dict[str, Tensor] = {}
         for part in parts:
-            batch = {k: v.to(device) for k, v in objective.batch(step, part).items()}
+            batch = {k: v.to(device, non_blocking=pinned) for k, v in next(batches).items()}
             work = objective.work(batch)
             if step == start and part == parts[0]:
                 _measure(meter, logs, objective, batch, settings)
@@ -198,7 +213,8 @@ def _train(
             figures |= {"grad_norm": round(float(norm), 4), "rate": round(factor, 4)}
             figures |= meter.figures(processes.summed(accelerator, meter.work))
             logs.write(done, figures)
-        if (saving or done % settings.log_every == 0) and not torch.isfinite(norm):
+        looking = step == start or saving or done % settings.log_every == 0  # a GPU waits for it
+        if looking and not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient is not finite at step {done}")
         with meter.paused():
             figures = _evaluate(accelerator, objective, ema, settings, done, output_dir)
@@ -225,6 +241,7 @@ def _train(
 
     if not stopped:
         _export(accelerator, objective, ema, output_dir)
+    batches.close()
     logs.close()
     accelerator.wait_for_everyone()
     return not stopped
@@ -260,6 +277,13 @@ def _measure(
         f"a part: {arithmetic.flops / 1e9:,.2f} GFLOP forward and backward"
     )
     if arithmetic.matrix is not None:
+        if settings.precision == "bf16" and meter.device.type == "cpu":
+            slowdown = bfloat16_slowdown(meter.device)
+            if slowdown >= 2:  # what the clock tells for sure
+                logs.say(
+                    f"bfloat16 is {slowdown:.0f} times slower than float32 on this processor: "
+                    "--loop.precision no is faster"
+                )
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         meter.peak = matmul_peak(arithmetic.matrix, dtype, meter.device)
         size = " x ".join(map(str, arithmetic.matrix))

@@ -28,12 +28,18 @@ class Muon(torch.optim.Optimizer):
         weights: Matrices (O, I), or kernels (O, I, H, W), which are stepped as matrices (O, I·H·W).
         lr: Rate; updates are scaled to the size of AdamW's (arXiv 2502.16982).
         weight_decay: Weights shrink by this share of the rate in a step.
+        dtype: What updates are made orthogonal in; the library's is bfloat16.
     """
 
     def __init__(
-        self, weights: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0
+        self,
+        weights: Iterable[nn.Parameter],
+        lr: float,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__(weights, {"lr": lr, "weight_decay": weight_decay})
+        self._dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -58,13 +64,21 @@ class Muon(torch.optim.Optimizer):
             if not share:
                 continue
             sizes = [weight.numel() for weight in share]
-            sent = torch.empty(sum(sizes), dtype=torch.bfloat16, device=share[0].device)
+            sent = torch.empty(sum(sizes), dtype=self._dtype, device=share[0].device)
             for weight, piece in zip(share, sent.split(sizes), strict=True):
                 updates[weight] = piece.view(len(weight), -1)
-                if process == rank:
-                    momentum = self.state[weight]["momentum_buffer"]
-                    direction = grads[weight].lerp(momentum, MOMENTUM)
-                    updates[weight].copy_(orthogonal(direction.flatten(1)))
+            for alike in stacks(share) if process == rank else ():
+                directions = [
+                    grads[w]
+                    .lerp(self.state[w]["momentum_buffer"], MOMENTUM)
+                    .flatten(1)
+                    .to(self._dtype)
+                    for w in alike
+                ]
+                made = orthogonal(directions[0] if len(alike) == 1 else torch.stack(directions))
+                made = made.view(len(alike), *directions[0].shape)
+                for weight, update in zip(alike, made, strict=True):
+                    updates[weight].copy_(update)
             if shared:
                 waiting.append(distributed.broadcast(sent, process, async_op=True))
         for sending in waiting:
@@ -73,16 +87,29 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """A matrix (M, N) with its singular values brought near 1, by Newton-Schulz in bfloat16."""
+    """Matrices (…, M, N), their singular values brought near 1 by Newton-Schulz."""
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    wide = matrix.bfloat16()
-    if matrix.shape[0] > matrix.shape[1]:
-        wide = wide.T
-    wide = wide / wide.norm().clamp(min=1e-7)
+    add_product = torch.addmm if matrix.ndim == 2 else torch.baddbmm
+    wide = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
+    wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
-    return wide if wide.shape == matrix.shape else wide.T
+        gram = wide @ wide.mT
+        wide = add_product(wide, add_product(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide if wide.shape == matrix.shape else wide.mT
+
+
+def stacks(weights: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Weights whose matrices have one shape together, where a stack takes less time than each.
+
+    A GPU waits for the start of every operation, which is what small matrices cost there; a CPU
+    gains nothing.
+    """
+    if weights[0].device.type == "cpu":
+        return [[weight] for weight in weights]
+    alike: dict[tuple[int, int], list[Tensor]] = {}
+    for weight in weights:
+        alike.setdefault((len(weight), weight.numel() // len(weight)), []).append(weight)
+    return list(alike.values())
 
 
 def even_shares(weights: Sequence[Tensor], count: int) -> list[list[Tensor]]:

@@ -33,6 +33,11 @@ class Objective(nn.Module):
         holds a stream for each part that it is asked for, and gives that stream's next samples.
         """
 
+    @property
+    def has_streams(self) -> bool:
+        """Whether batches come from streams; if not, they are functions of their step and part."""
+        return type(self).data_state is not Objective.data_state
+
     @abstractmethod
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Named losses (scalars); their sum is minimised."""

@@ -47,8 +47,12 @@ class OptimizerSettings:
             raise SettingsError(f"optimizer.decay_fraction is in [0, 1], not {self.decay_fraction}")
 
 
-def build_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, settings: OptimizerSettings, muon_dtype: torch.dtype = torch.bfloat16
+) -> list[torch.optim.Optimizer]:
     """One optimizer, or two for Muon: (Muon over matrices and kernels, AdamW over the rest).
+
+    Muon makes its updates orthogonal in `muon_dtype`.
 
     Raises:
         SettingsError: If nothing is trainable.
@@ -63,7 +67,7 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torc
         raise SettingsError("nothing is trainable: every weight is frozen")
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        optimizers.append(Muon(matrices, settings.learning_rate, settings.weight_decay))
+        optimizers.append(Muon(matrices, settings.learning_rate, settings.weight_decay, muon_dtype))
     if rest:
         adamw = torch.optim.AdamW(
             rest,

@@ -94,7 +94,7 @@ def matmul_peak(
         matrix: Rows, width in, width out.
         dtype: Of both sides.
         device: Where.
-        seconds: How long to try, ten times at the least.
+        seconds: How long to try, once at the least.
     """
     rows, width_in, width_out = matrix
     generator = torch.Generator(device).manual_seed(0)
@@ -102,16 +102,28 @@ def matmul_peak(
     right = torch.randn(width_out, width_in, generator=generator, device=device).to(dtype)
     flops = 2 * rows * width_in * width_out
     repeats = max(1, int(1e7 / flops))  # what the clock takes does not count for small ones
-    fastest, tries, until = 0.0, 0, time.perf_counter() + seconds
-    while tries < 10 or time.perf_counter() < until:
-        _wait(device)
+    nn.functional.linear(left[:1], right)  # what the first call loads does not count
+    _wait(device)
+    fastest, until = 0.0, time.perf_counter() + seconds
+    while not fastest or time.perf_counter() < until:
         begin = time.perf_counter()
         for _ in range(repeats):
             nn.functional.linear(left, right)
         _wait(device)
         fastest = max(fastest, repeats * flops / (time.perf_counter() - begin))
-        tries += 1
     return fastest
+
+
+def bfloat16_slowdown(device: torch.device) -> float:
+    """How many times longer a `linear` takes in bfloat16 than in float32: below 1 if less.
+
+    A processor without units for bfloat16 is slower by far.
+    """
+    float32, bfloat16 = (
+        matmul_peak((1024, 1024, 1024), dtype, device, seconds=0.05)  # outlasts a thread's wait
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    return float32 / bfloat16
 
 
 class Meter:

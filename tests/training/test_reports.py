@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from toy_run import Regression, loop
 
 from janusflow.errors import SettingsError
+from janusflow.training import loop as training_loop
 from janusflow.training import throughput
 from janusflow.training.announcement import lines
 from janusflow.training.logs import check_trackers, cut
@@ -109,6 +111,51 @@ def test_the_peak_is_that_of_the_matrix_product():
     once = 2 * 256**3 / (time.perf_counter() - begin)
     assert peak > 1e8
     assert peak > 0.5 * once
+
+
+def test_the_peak_of_a_slow_machine_is_tried_once(monkeypatch):
+    now, rows = 0.0, []
+
+    def linear(left, right):
+        nonlocal now
+        now += 10.0
+        rows.append(len(left))
+
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(nn.functional, "linear", linear)
+    peak = throughput.matmul_peak((256, 256, 256), torch.float32, torch.device("cpu"))
+    assert peak == 2 * 256**3 / 10
+    assert rows == [1, 256]  # the first, of a row, is to warm up
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "peak_of_bfloat16", "advised"),
+    [
+        ("bf16", "cpu", 1e9, True),
+        ("bf16", "cpu", 90e9, False),
+        ("bf16", "cpu", 200e9, False),
+        ("bf16", "cuda", 1e9, False),
+        ("no", "cpu", 1e9, False),
+    ],
+)
+def test_slow_bfloat16_of_a_processor_is_said(
+    monkeypatch, precision, device, peak_of_bfloat16, advised
+):
+    def peak(matrix, dtype, device, seconds=0.25):
+        return 95e9 if dtype is torch.float32 else peak_of_bfloat16
+
+    monkeypatch.setattr(throughput, "matmul_peak", peak)
+    monkeypatch.setattr(training_loop, "matmul_peak", peak)
+    objective = Regression()
+    said: list[str] = []
+    meter = throughput.Meter(torch.device(device))
+    logs = SimpleNamespace(say=said.append)
+    training_loop._measure(meter, logs, objective, objective.batch(0), loop(precision=precision))
+    advice = (
+        "bfloat16 is 95 times slower than float32 on this processor: --loop.precision no is faster"
+    )
+    assert [line for line in said if "bfloat16 is" in line] == [advice] * advised
+    assert meter.peak == (95e9 if precision == "no" else peak_of_bfloat16)
 
 
 def test_a_meter_tells_computing_from_all_else(monkeypatch):

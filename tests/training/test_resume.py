@@ -25,6 +25,7 @@ from janusflow.training import checkpoints
 from janusflow.training.changes import changed
 from janusflow.training.ema import EMA
 from janusflow.training.loop import train
+from janusflow.training.stage import StageObjective
 
 TESTS = Path(__file__).parents[1]
 
@@ -191,6 +192,42 @@ def test_settings_that_change_nothing_learned_may_change(tmp_path):
     train(Regression(), loop(), tmp_path)
     free = {"steps": 13, "log_every": 2, "save_every": 5, "keep_last": 3, "ema_device": "cpu"}
     assert train(Regression(), loop(**free, max_minutes=60, validate_every=13), tmp_path)
+
+
+def test_workers_change_nothing_that_is_learned(tmp_path):
+    class Counted(Regression):
+        asked = 0  # in this process
+
+        def batch(self, step, part=0):
+            self.asked += 1
+            return super().batch(step, part)
+
+    def begun(run, **changes):
+        settings = loop(microbatches=2, **changes)
+        objective = Counted(settings)
+        assert train(objective, settings, tmp_path / run)
+        return objective
+
+    assert begun("none", workers=0).asked == 24
+    assert begun("two", workers=2).asked == 0
+    begun("parts", workers=2, steps=6)
+    assert begun("parts", workers=0).asked == 12
+    begun("more", workers=0, steps=6)
+    assert begun("more", workers=2).asked == 0
+    for run in ("two", "parts", "more"):
+        assert curve(tmp_path / run) == curve(tmp_path / "none"), run
+        for name in ("model", "ema", "optimizer-0"):
+            file = f"step-0000012/{name}.safetensors"
+            one, other = ((tmp_path / r / file).read_bytes() for r in ("none", run))
+            assert one == other, (run, name)
+
+
+def test_workers_are_refused_where_batches_come_from_streams(tmp_path):
+    settings = loop(workers=2)
+    with pytest.raises(SettingsError, match=r"loop.workers is 2, .*\(data\.ahead\); set .* to 0"):
+        train(Streams(settings), settings, tmp_path)
+    assert not any(tmp_path.iterdir())
+    assert StageObjective.has_streams
 
 
 def test_an_objective_names_its_own_free_settings():

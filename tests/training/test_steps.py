@@ -19,7 +19,7 @@ from toy_run import Regression, Streams, curve, loop
 
 from janusflow.errors import SettingsError
 from janusflow.files import held_alone
-from janusflow.training import processes
+from janusflow.training import muon, processes
 from janusflow.training.loop import LoopSettings, train
 
 SHARDS = {
@@ -149,6 +149,7 @@ def test_previews_and_validation_see_the_averages_in_evaluation_mode(tmp_path):
     ("changes", "message"),
     [
         ({"microbatches": 0}, "loop.microbatches is at least 1, not 0"),
+        ({"workers": -1}, "loop.workers is at least 0, not -1"),
         ({"keep_last": 0}, "loop.keep_last is at least 1, not 0"),
         ({"ema_device": "disk"}, "loop.ema_device is 'device' or 'cpu', not 'disk'"),
         ({"best": "score"}, "nothing measures it"),
@@ -192,6 +193,34 @@ def test_shared_steps_of_muon_are_those_of_the_library_to_the_bit():
     assert done.returncode == 0, done.stderr
     made = sorted(int(count) for count in done.stdout.split())
     assert made == [6, 36], "one has the largest matrix, the other all that are left"
+
+
+@pytest.mark.parametrize("shapes", [[(4, 27), (4, 3, 3, 3), (4, 27)], [(9, 4)] * 3])
+def test_stacked_steps_of_muon_are_those_of_the_library_to_the_bit(monkeypatch, shapes):
+    monkeypatch.setattr(muon, "stacks", lambda weights: [list(weights)])  # as on a GPU
+    monkeypatch.setattr(muon_run, "SHAPES", shapes)
+    muon_run.compare()
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (5, 5)])
+def test_a_stack_is_made_orthogonal_matrix_by_matrix(shape):
+    sizes = torch.tensor([0.01, 1.0, 100.0]).view(3, 1, 1)
+    stack = sizes * torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    for dtype, tolerance in ((torch.bfloat16, 0.0), (torch.float32, 1e-5)):
+        one_by_one = torch.stack([muon.orthogonal(matrix.to(dtype)) for matrix in stack])
+        together = muon.orthogonal(stack.to(dtype))
+        torch.testing.assert_close(together, one_by_one, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [("meta", [[0, 2, 3], [1, 5], [4]]), ("cpu", [[0], [1], [2], [3], [4], [5]])],
+)
+def test_matrices_of_one_shape_are_stacked_off_the_cpu(device, expected):
+    shapes = [(4, 27), (27, 4), (4, 3, 3, 3), (4, 27), (2, 54), (27, 4)]
+    weights = [torch.empty(shape, device=torch.device(device)) for shape in shapes]
+    number = {id(weight): n for n, weight in enumerate(weights)}
+    assert [[number[id(w)] for w in alike] for alike in muon.stacks(weights)] == expected
 
 
 @pytest.mark.parametrize("way", ["whole", "shards", "muon"])

@@ -6,7 +6,7 @@ Every batch is a function of (seed, step), of fixed shape. Axes: B rows, L token
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import numpy as np
@@ -83,6 +83,7 @@ class ShapesBatches:
         self.processor = processor
         self.seed = seed
         self._ids = lru_cache(maxsize=65536)(self._tokenize)
+        self._scene = lru_cache(maxsize=65536)(partial(picture_scene, seed))
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
         return tuple(self.processor.tokenizer.encode(text, add_special_tokens=False))
@@ -109,7 +110,7 @@ class ShapesBatches:
         ids = np.full((len(indices), length), processor.pad_token_id, np.int64)
         mask = np.zeros_like(ids)
         for row, index in enumerate(indices):
-            caption = training_caption(picture_scene(self.seed, int(index)), rng).text
+            caption = training_caption(self._scene(int(index)), rng).text
             tokens = [processor.bos_token_id, *self._ids(f"User: {caption}\n\nAssistant:")]
             start = length - len(tokens) - 1
             if start < 0:
@@ -183,11 +184,11 @@ class ShapesBatches:
 
     def pictures(self, indices: np.ndarray) -> Tensor:
         """The pictures `indices`, (num, 3, H, W) in [-1, 1]."""
-        return self._pixels([picture_scene(self.seed, int(i)) for i in indices])
+        return self._pixels([self._scene(int(i)) for i in indices])
 
     def picture_labels(self, indices: np.ndarray, patches: int) -> Tensor:
         """What covers the patches of the pictures `indices`, (num, 2, patches, patches)."""
-        return self._labels([picture_scene(self.seed, int(i)) for i in indices], patches)
+        return self._labels([self._scene(int(i)) for i in indices], patches)
 
     def _labels(self, scenes: list[Scene], patches: int) -> Tensor:
         return torch.from_numpy(np.stack([patch_labels(scene, patches) for scene in scenes]))
