@@ -1,23 +1,28 @@
 """Settings: frozen dataclasses, filled strictly from YAML and `--section.key value` overrides.
 
 A key that no dataclass has, or a value of the wrong type, is a `SettingsError` that names the
-nearest key. This module knows nothing of models or tensors.
+nearest key. The words yes, no, on and off are text, which a boolean setting takes as well. This
+module knows nothing of models or tensors.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from omegaconf import OmegaConf
+import yaml
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from janusflow.errors import SettingsError
 
 T = TypeVar("T")
+
+_WORDS = ("yes", "no", "on", "off")
 
 
 def read_yaml(path: str | Path) -> dict:
@@ -27,7 +32,8 @@ def read_yaml(path: str | Path) -> dict:
         SettingsError: If the file is missing, is not YAML, or does not hold a mapping.
     """
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        text = _words_quoted(Path(path).read_text(encoding="utf-8-sig"))
+        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except FileNotFoundError:
         raise SettingsError(f"no config file at {path}") from None
     except Exception as error:  # YAML's and OmegaConf's errors share no base
@@ -48,7 +54,7 @@ def fill(cls: type[T], values: dict, overrides: Sequence[str] = ()) -> T:
         merged = OmegaConf.merge(
             OmegaConf.structured(cls),
             OmegaConf.create(values),
-            OmegaConf.from_dotlist(list(overrides)),
+            *map(_parsed, overrides),
         )
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except ConfigKeyError as error:
@@ -79,6 +85,28 @@ def overrides_from_arguments(arguments: Sequence[str]) -> list[str]:
             value = rest.pop(0)
         overrides.append(f"{key.replace('-', '_')}={value}")
     return overrides
+
+
+def _words_quoted(text: str) -> str:
+    """Quotes the words that only YAML 1.1, which OmegaConf reads, takes for booleans."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as OmegaConf: what it reads, we read
+    pieces, end = [], 0
+    for token in yaml.scan(text, loader):
+        if isinstance(token, yaml.ScalarToken) and token.plain and token.value.lower() in _WORDS:
+            pieces += [text[end : token.start_mark.index], f'"{token.value}"']
+            end = token.end_mark.index
+    return "".join([*pieces, text[end:]])
+
+
+def _parsed(override: str) -> DictConfig:
+    key, equals, value = override.partition("=")
+    try:
+        return OmegaConf.from_dotlist([key + equals + _words_quoted(value)])
+    except yaml.YAMLError:
+        raise SettingsError(
+            f"{key} is given as {value!r}, which is not a value as YAML has it; check its brackets "
+            "and quotes"
+        ) from None
 
 
 def _keys(cls: type, prefix: str = "") -> Iterable[str]:
