@@ -2,8 +2,8 @@
 
 `python sampling/plan_training.py` builds JanusFlow-1.3B without weights, counts the operations of a
 packed row and the bytes that are kept for going backward, and prints a table in Markdown. What a
-GPU does a second is an option, and an assumption. Attention is counted as dense; a row of a stage
-holds samples in the ratio of its last mixture.
+GPU does a second is an option, by default what was measured on one H200. Attention is counted as
+dense; a row of a stage holds samples in the ratio of its last mixture.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 256])
     parser.add_argument("--tflops", type=float, default=989.0, help="bfloat16, of a GPU (H100 SXM)")
-    parser.add_argument("--share", type=float, default=0.4, help="of it that is reached")
+    parser.add_argument("--share", type=float, default=0.35, help="of it that is reached")
     given = parser.parse_args(argv)
     heads = [
         "stage",
