@@ -57,20 +57,23 @@ def find_objects(image: Image.Image) -> list[Sighting]:
     names = list(COLORS)
     directions = np.array([COLORS[name] for name in names], np.float64) - background
     offset = pixels - background
-    # Share of each palette colour that explains a pixel best, and what it leaves unexplained.
-    share = np.clip(offset @ directions.T / (directions**2).sum(1), 0, 1)
-    rest = np.linalg.norm(offset[:, :, None] - share[..., None] * directions, axis=-1)
-    best = rest.argmin(-1)
+    # Share of each palette colour that explains a pixel best; of what it leaves unexplained, the
+    # square less that of the offset itself, which is the same for all colours.
+    along, squared = offset @ directions.T, (directions**2).sum(1)
+    share = np.clip(along / squared, 0, 1)
+    best = (share * (share * squared - 2 * along)).argmin(-1)
     cover = np.take_along_axis(share, best[..., None], -1)[..., 0]
     labels, count = ndimage.label(cover > 0.5)
+    areas = np.bincount(labels.ravel(), minlength=count + 1)
     sightings = []
-    for label in range(1, count + 1):
-        inside = labels == label
-        if inside.mean() < MIN_AREA:
+    for label, box in enumerate(ndimage.find_objects(labels), start=1):
+        if areas[label] < MIN_AREA * labels.size:
             continue
-        color = names[int(np.bincount(best[inside], minlength=len(names)).argmax())]
+        inside = labels[box] == label
+        color = names[int(np.bincount(best[box][inside], minlength=len(names)).argmax())]
         shape, overlap = _best_shape(inside)
-        y, x = ((np.argwhere(inside).mean(0) + 0.5) / len(pixels)).tolist()
+        corner = [side.start for side in box]
+        y, x = ((np.argwhere(inside).mean(0) + corner + 0.5) / len(pixels)).tolist()
         sightings.append(Sighting(shape if overlap >= MIN_OVERLAP else None, color, x, y, overlap))
     return sightings
 
@@ -90,17 +93,19 @@ def _reference(shape: str, height: int, width: int) -> np.ndarray:
     return np.asarray(fitted) > 127
 
 
-def _best_shape(inside: np.ndarray) -> tuple[str, float]:
-    """The shape with the largest intersection over union, and that overlap."""
-    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
-    box = inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    height, width = box.shape
+def _best_shape(mask: np.ndarray) -> tuple[str, float]:
+    """The shape with the largest intersection over union, and that overlap.
+
+    The mask is cropped to what it covers.
+    """
+    height, width = mask.shape
     if max(height, width) > 1.8 * min(height, width):
         return "circle", 0.0  # no shape is so long: two that have run together
     overlaps = {}
     for shape in SHAPES:
         reference = _reference(shape, height, width)
-        overlaps[shape] = float((box & reference).sum() / (box | reference).sum())
+        both = np.count_nonzero(mask & reference)
+        overlaps[shape] = both / np.count_nonzero(mask | reference)
     shape = max(overlaps, key=lambda name: overlaps[name])
     return shape, overlaps[shape]
 
