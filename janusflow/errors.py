@@ -15,6 +15,10 @@ class CheckpointError(JanusFlowError):
     """A model folder is missing, incomplete, of an unknown layout, or disagrees with its config."""
 
 
+class DivergedError(JanusFlowError, FloatingPointError):
+    """A training run's gradient is no longer finite."""
+
+
 class ImageError(JanusFlowError):
     """A picture cannot be read, or is too large to be read safely."""
 

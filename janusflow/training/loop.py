@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from janusflow.errors import SettingsError
+from janusflow.errors import DivergedError, SettingsError
 from janusflow.files import atomic_folder, write_json
 from janusflow.training import announcement, changes, checkpoints, processes
 from janusflow.training.ema import EMA
@@ -117,7 +117,7 @@ def train(
     Raises:
         SettingsError: If the settings do not fit the machine, the objective, or the checkpoint, or
             another run is at work in the folder.
-        FloatingPointError: If a gradient is not finite.
+        DivergedError: If a gradient is not finite.
     """
     config = config or {"loop": asdict(settings)}
     if settings.workers and objective.has_streams:
@@ -215,7 +215,11 @@ def _train(
             logs.write(done, figures)
         looking = step == start or saving or done % settings.log_every == 0  # a GPU waits for it
         if looking and not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient is not finite at step {done}")
+            change = "set loop.compile to false, or " if settings.compile else ""
+            raise DivergedError(
+                f"the gradient is not finite at step {done}, which is not saved; {change}lower "
+                "loop.optimizer.learning_rate"
+            )
         with meter.paused():
             figures = _evaluate(accelerator, objective, ema, settings, done, output_dir)
         if figures:
