@@ -23,7 +23,7 @@ from janusflow.files import atomic_folder, write_json
 from janusflow.training import announcement, changes, checkpoints, processes
 from janusflow.training.ema import EMA
 from janusflow.training.logs import Logs, check_trackers
-from janusflow.training.making import check_workers, made
+from janusflow.training.making import made
 from janusflow.training.objective import Objective
 from janusflow.training.optimizers import (
     OptimizerSettings,
@@ -80,6 +80,11 @@ class LoopSettings:
                 raise SettingsError(f"loop.{name} is at least 1, not {getattr(self, name)}")
         if self.workers < 0:
             raise SettingsError(f"loop.workers is at least 0, not {self.workers}")
+        if self.workers and "fork" not in torch.multiprocessing.get_all_start_methods():
+            raise SettingsError(
+                f"loop.workers is {self.workers}, which needs processes that fork, as on Linux; "
+                "set it to 0"
+            )
         if self.precision not in ("bf16", "no"):
             raise SettingsError(f"loop.precision is 'bf16' or 'no', not {self.precision!r}")
         if self.ema_device not in ("device", "cpu"):
@@ -125,7 +130,6 @@ def train(
             f"loop.workers is {settings.workers}, but this task reads streams of data, ahead by "
             "threads (data.ahead); set loop.workers to 0"
         )
-    check_workers(settings.workers)
     check_trackers(settings.trackers)
     accelerator = processes.accelerator_for(
         objective,

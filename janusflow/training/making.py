@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from janusflow.errors import SettingsError
-
 
 class _Made(Dataset):
     """What `make` makes, by its number."""
@@ -24,18 +22,6 @@ class _Made(Dataset):
 
     def __getitem__(self, number: Any) -> Any:
         return self.make(number)
-
-
-def check_workers(workers: int) -> None:
-    """Refuses workers where processes cannot fork.
-
-    Raises:
-        SettingsError: If there are to be some.
-    """
-    if workers and "fork" not in torch.multiprocessing.get_all_start_methods():
-        raise SettingsError(
-            f"loop.workers is {workers}, which needs processes that fork, as on Linux; set it to 0"
-        )
 
 
 def made(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from janusflow.errors import SettingsError
-from janusflow.training.making import check_workers, made
+from janusflow.training.making import made
 
 
 def test_workers_make_the_same_in_the_same_order():
@@ -57,10 +57,3 @@ def test_without_workers_nothing_is_made_before_its_turn():
     for number in range(3):
         assert next(products).item() == number
         assert asked == [*range(number + 1)]
-
-
-def test_workers_are_refused_where_processes_cannot_fork(monkeypatch):
-    monkeypatch.setattr(torch.multiprocessing, "get_all_start_methods", lambda: ["spawn"])
-    with pytest.raises(SettingsError, match=r"loop.workers is 2, .* processes that fork, .* to 0"):
-        check_workers(2)
-    check_workers(0)

@@ -160,6 +160,13 @@ def test_settings_that_cannot_be_are_refused(changes, message):
         LoopSettings(**changes)
 
 
+def test_workers_are_refused_where_processes_cannot_fork(monkeypatch):
+    monkeypatch.setattr(torch.multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    with pytest.raises(SettingsError, match=r"loop.workers is 2, .* processes that fork, .* to 0"):
+        loop(workers=2)
+    assert loop(workers=0).workers == 0
+
+
 def test_two_processes_make_the_curve_of_one(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(
