@@ -524,6 +524,17 @@ def test_pictures_that_workers_drew_are_encoded_to_the_same_file(settings, tmp_p
     torch.testing.assert_close(encoded, network(to_pixels(pictures)).detach())  # in float32
 
 
+def test_what_is_encoded_in_bfloat16_is_kept_apart_from_float32(settings, tmp_path):
+    network = torch.nn.Conv2d(3, 4, 8, stride=8)
+    shared = replace(settings, cache=str(tmp_path))
+    found = [
+        encoded_pictures("latents", altered(shared, loop={"precision": p}), network, network)
+        for p in ("no", "bf16")
+    ]
+    assert [one.dtype for one in found] == [torch.float32, torch.bfloat16]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
 def test_the_record_counts_the_captions_of_a_whole_step(settings):
     assert JointObjective(settings)._record()["captions_a_step"] == 4
     halves = JointObjective(altered(settings, loop={"microbatches": 2}))
