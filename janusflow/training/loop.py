@@ -247,8 +247,14 @@ def _train(
         if stopped:
             break
 
-    if not stopped:
+    if stopped:
+        logs.say(
+            f"stopped at step {done} of {settings.steps}, as loop.max_minutes is "
+            f"{settings.max_minutes:g}; the same command goes on from there"
+        )
+    else:
         _export(accelerator, objective, ema, output_dir)
+        logs.say(f"done: {output_dir / 'final'}")
     batches.close()
     logs.close()
     accelerator.wait_for_everyone()

@@ -94,10 +94,12 @@ def test_training_learns_and_keeps_the_last_two_checkpoints(tmp_path):
     assert (tmp_path / "final").is_dir()
 
 
-def test_a_time_limit_ends_a_run_that_can_go_on(tmp_path):
+def test_a_time_limit_ends_a_run_that_can_go_on(tmp_path, capsys):
     assert not train(Regression(), loop(max_minutes=1e-9), tmp_path)
     assert not (tmp_path / "final").exists()
+    assert "stopped at step 1 of " in capsys.readouterr().out
     assert train(Regression(), loop(), tmp_path)
+    assert f"done: {tmp_path / 'final'}" in capsys.readouterr().out
 
 
 def test_the_average_follows_its_formula_and_lends_itself_only():
