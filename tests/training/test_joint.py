@@ -340,6 +340,7 @@ def test_a_missing_autoencoder_is_named_with_the_command_that_makes_it(tmp_path)
     ("name", "kind"),
     [
         ("autoencoder", AutoencoderSettings),
+        ("decoder", AutoencoderSettings),
         ("vq_tokenizer", VQTokenizerSettings),
         ("joint", JointSettings),
     ],
@@ -349,10 +350,17 @@ def test_the_shipped_configs_fit_their_settings(name, kind):
     assert settings.task == kind().task
 
 
-def test_the_shipped_joint_run_takes_what_the_other_runs_leave():
-    joint = read_yaml(CONFIGS / "joint.yaml")
-    for name in ("autoencoder", "vq_tokenizer"):
-        assert joint[name] == read_yaml(CONFIGS / f"{name}.yaml")["output_dir"] + "/final"
+@pytest.mark.parametrize(
+    ("name", "setting", "before"),
+    [
+        ("decoder", "encoder", "autoencoder"),
+        ("joint", "autoencoder", "decoder"),
+        ("joint", "vq_tokenizer", "vq_tokenizer"),
+    ],
+)
+def test_each_shipped_run_takes_what_the_one_before_leaves(name, setting, before):
+    taken = read_yaml(CONFIGS / f"{name}.yaml")[setting]
+    assert taken == read_yaml(CONFIGS / f"{before}.yaml")["output_dir"] + "/final"
 
 
 def test_an_unknown_density_of_times_is_refused():
