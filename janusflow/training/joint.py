@@ -37,7 +37,9 @@ from janusflow.training.joint_parts import (
     latents_of,
     model_config,
     new_processor,
+    record_of,
     take_vision_tower,
+    take_weights,
     vq_config,
 )
 from janusflow.training.loop import LoopSettings, Objective
@@ -182,6 +184,9 @@ class JointSettings:
     vq_tokenizer: str | None = None
     """Folder of the frozen tokenizer of pictures, or a model that has it; none = a model without
     the VQ head."""
+    initial_model: str | None = None
+    """Model that a joint run made, whose weights and text tokenizer to begin with; none = random
+    weights."""
     vision_model: str | None = None
     """Model whose vision tower to begin with, in place of SigLIP's pre-training; none = a random
     tower."""
@@ -234,7 +239,7 @@ class JointObjective(Objective):
         sizes = settings.model
         self.patches_per_side = sizes.image_size // sizes.vision_patch
         looked_at = 2 * scale_factor(vae) if self._shared else sizes.vision_patch
-        self.processor = new_processor(folder / "tokenizer", sizes, looked_at)
+        self.processor = new_processor(folder / "tokenizer", sizes, looked_at, settings.initial_model)
         config = model_config(settings, vae, self.processor)
         if settings.vq_tokenizer is not None:
             tokenizer = find_vq_tokenizer(settings.vq_tokenizer)
@@ -246,6 +251,8 @@ class JointObjective(Objective):
             )
         else:
             self.model = JanusFlowForConditionalGeneration(config)
+        if settings.initial_model is not None:
+            take_weights(self.model, settings.initial_model)
         if settings.vq_tokenizer is not None:
             self.model.vq_head.tokenizer.load_state_dict(tokenizer.state_dict())
             self.model.vq_head.tokenizer.requires_grad_(False).to(device)
@@ -417,23 +424,28 @@ class JointObjective(Objective):
         found = {"autoencoder": self.settings.autoencoder}
         if self.settings.vq_tokenizer is not None:
             found["VQ tokenizer"] = self.settings.vq_tokenizer
+        if self.settings.initial_model is not None:
+            found["initial model"] = self.settings.initial_model
         if self.settings.vision_model is not None:
             found["vision tower"] = self.settings.vision_model
         return found
 
     def _record(self) -> dict[str, Any]:
-        """What both heads learned from, for comparisons."""
+        """What both heads learned from, for comparisons; steps count those of the initial model."""
         drawing, loop = self.settings.drawing, self.settings.loop
+        before = {} if self.settings.initial_model is None else record_of(self.settings.initial_model)
         return {
             "data": "shapes",
             "heads": list(self.model.generation_heads),
             "encoders": "shared" if self._shared else "decoupled",
-            "steps": loop.steps,
+            "steps": loop.steps + before.get("steps", 0),
             "seed": loop.seed,
             "precision": loop.precision,
             "num_pictures": drawing.num_pictures,
             "captions_a_step": drawing.batch_size * loop.microbatches,
+            "noises_per_picture": drawing.noises_per_picture,
             "condition_dropout_prob": drawing.condition_dropout_prob,
+            **({"initial_model": before} if before else {}),
         }
 
     def _pipeline(self) -> JanusFlowPipeline:

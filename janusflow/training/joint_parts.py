@@ -5,9 +5,10 @@ Axes: B batch, C latent channels.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -25,6 +26,7 @@ from janusflow.errors import SettingsError
 from janusflow.evaluation.features import module_hash
 from janusflow.files import atomic_path
 from janusflow.models.autoencoder import encode, scale_factor
+from janusflow.models.checkpoints import model_folder, resolve_model_folder
 from janusflow.models.configuration import JanusFlowConfig
 from janusflow.models.modeling import JanusFlowForConditionalGeneration
 from janusflow.processing.images import JanusFlowImageProcessor
@@ -55,9 +57,40 @@ def take_vision_tower(model: JanusFlowForConditionalGeneration, source: str) -> 
         ) from error
 
 
-def new_processor(folder: Path, sizes: ModelSizes, patch: int) -> JanusFlowProcessor:
+def take_weights(model: JanusFlowForConditionalGeneration, source: str) -> None:
+    """Gives a model all weights of another.
+
+    Raises:
+        SettingsError: If the models differ in heads or sizes.
+    """
+    found = JanusFlowForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+    shapes = [
+        {name: list(tensor.shape) for name, tensor in each.state_dict().items()}
+        for each in (found, model)
+    ]
+    for name in sorted({*shapes[0], *shapes[1]}):
+        theirs, ours = (shape.get(name, "absent") for shape in shapes)
+        if theirs != ours:
+            raise SettingsError(
+                f"initial_model: {name} of {source} is {theirs}, and of this run's model {ours}; set "
+                "model, drawing.flow and vq_tokenizer to what the initial model has"
+            )
+    model.load_state_dict(found.state_dict())
+
+
+def record_of(source: str) -> dict[str, Any]:
+    """What the joint run that made a model wrote about it; nothing where there is no record."""
+    file = model_folder(resolve_model_folder(source)) / "training.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def new_processor(
+    folder: Path, sizes: ModelSizes, patch: int, initial_model: str | None = None
+) -> JanusFlowProcessor:
     """The processor of a model that looks at pictures in patches of so many pixels a side."""
-    if not (folder / "tokenizer.json").is_file():
+    if initial_model is not None:
+        folder = resolve_model_folder(initial_model) / "processor"
+    elif not (folder / "tokenizer.json").is_file():
         write_tokenizer(folder, sizes.vocab_size)
     images = JanusFlowImageProcessor(
         image_size=sizes.image_size, image_mean=[0.5] * 3, image_std=[0.5] * 3

@@ -50,6 +50,7 @@ SMALL = {
     "patches": {"batch_size": 4},
     "loop": {"steps": 3, "precision": "no", "log_every": 1, "save_every": 10},
 }
+CODES = {"num_codes": 32, "channel_multiplier": [1, 1, 1, 1], "batch_size": 2}
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +59,7 @@ def settings(tmp_path_factory) -> JointSettings:
     values = {"block_out_channels": [8, 8, 8, 8], "batch_size": 2, "loop": {"steps": 2}}
     vae = AutoencoderObjective(fill(AutoencoderSettings, values))
     vae.export(folder / "autoencoder")
-    codes = {"num_codes": 32, "channel_multiplier": [1, 1, 1, 1], "batch_size": 2}
-    VQTokenizerObjective(fill(VQTokenizerSettings, codes)).export(folder / "vq_tokenizer")
+    VQTokenizerObjective(fill(VQTokenizerSettings, CODES)).export(folder / "vq_tokenizer")
     places = {
         "autoencoder": str(folder / "autoencoder"),
         "vq_tokenizer": str(folder / "vq_tokenizer"),
@@ -343,6 +343,7 @@ def test_a_missing_autoencoder_is_named_with_the_command_that_makes_it(tmp_path)
         ("decoder", AutoencoderSettings),
         ("vq_tokenizer", VQTokenizerSettings),
         ("joint", JointSettings),
+        ("further", JointSettings),
     ],
 )
 def test_the_shipped_configs_fit_their_settings(name, kind):
@@ -356,6 +357,9 @@ def test_the_shipped_configs_fit_their_settings(name, kind):
         ("decoder", "encoder", "autoencoder"),
         ("joint", "autoencoder", "decoder"),
         ("joint", "vq_tokenizer", "vq_tokenizer"),
+        ("further", "autoencoder", "decoder"),
+        ("further", "vq_tokenizer", "vq_tokenizer"),
+        ("further", "initial_model", "joint"),
     ],
 )
 def test_each_shipped_run_takes_what_the_one_before_leaves(name, setting, before):
@@ -496,6 +500,56 @@ def test_parts_of_the_bundled_model_can_be_taken(settings, tmp_path):
         JointObjective(replace(settings, vision_model="tiny"))
     with pytest.raises(SettingsError, match=r"no tokenizer of pictures in .*none; train it first"):
         JointObjective(replace(settings, vq_tokenizer=str(tmp_path / "none")))
+
+
+def test_a_run_goes_on_from_another_ones_model(objective, settings, tmp_path):
+    JointObjective.export(objective, tmp_path / "first")
+    where = str(tmp_path / "first")
+    further = replace(settings, initial_model=where, output_dir=str(tmp_path / "further"))
+    further = JointObjective(altered(further, loop={"seed": 1, "steps": 5}))
+    first = JanusFlowPipeline.from_pretrained(where, torch_dtype=torch.float32)
+    ours, theirs = further.model.state_dict(), first.model.state_dict()
+    learned = [name for name in theirs if not name.startswith("vq_head.tokenizer")]
+    assert len(learned) > 50
+    assert all(torch.equal(ours[name], theirs[name]) for name in learned)
+    text = "a red circle above a blue square"
+    assert further.processor.tokenizer.encode(text) == first.processor.tokenizer.encode(text)
+    assert not (tmp_path / "further" / "tokenizer").exists()
+    assert not torch.equal(further.batch(0)["x_1"], objective.batch(0)["x_1"])
+    assert further.sources()["initial model"] == where
+    record = further._record()
+    assert record["steps"] == settings.loop.steps + 5
+    assert record["initial_model"]["seed"] == 0
+
+
+def test_an_initial_model_gives_no_frozen_parts(objective, settings, tmp_path):
+    JointObjective.export(objective, tmp_path / "first")
+    other = VQTokenizerObjective(fill(VQTokenizerSettings, CODES))
+    torch.nn.init.normal_(other.model.quantize.embedding.weight)
+    other.export(tmp_path / "other")
+    own = replace(
+        settings, initial_model=str(tmp_path / "first"), vq_tokenizer=str(tmp_path / "other")
+    )
+    further = JointObjective(replace(own, output_dir=str(tmp_path / "further")))
+    codes = further.model.vq_head.tokenizer.quantize.embedding.weight
+    assert torch.equal(codes, other.model.quantize.embedding.weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"language_width": 16}}, r"is \[32\], and of this run's model \[16\]; set"),
+        ({"model": {"language_layers": 3}}, r"layers\.2\..* is absent, and of this run's model \["),
+        ({"drawing": {"flow": False}}, r"flow_head\..* and of this run's model absent"),
+    ],
+)
+def test_an_initial_model_of_another_kind_is_refused(
+    objective, settings, tmp_path, changes, message
+):
+    JointObjective.export(objective, tmp_path / "first")
+    own = replace(settings, initial_model=str(tmp_path / "first"))
+    with pytest.raises(SettingsError, match=message):
+        JointObjective(altered(own, **changes))
 
 
 def test_runs_may_share_what_is_encoded_once(settings, tmp_path):
