@@ -525,14 +525,14 @@ def test_a_run_goes_on_from_another_ones_model(objective, settings, tmp_path):
 def test_an_initial_model_gives_no_frozen_parts(objective, settings, tmp_path):
     JointObjective.export(objective, tmp_path / "first")
     other = VQTokenizerObjective(fill(VQTokenizerSettings, CODES))
-    torch.nn.init.normal_(other.model.quantize.embedding.weight)
+    torch.nn.init.normal_(other.tokenizer.quantize.embedding.weight)
     other.export(tmp_path / "other")
     own = replace(
         settings, initial_model=str(tmp_path / "first"), vq_tokenizer=str(tmp_path / "other")
     )
     further = JointObjective(replace(own, output_dir=str(tmp_path / "further")))
     codes = further.model.vq_head.tokenizer.quantize.embedding.weight
-    assert torch.equal(codes, other.model.quantize.embedding.weight)
+    assert torch.equal(codes, other.tokenizer.quantize.embedding.weight)
 
 
 @pytest.mark.parametrize(
