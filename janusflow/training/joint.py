@@ -239,7 +239,9 @@ class JointObjective(Objective):
         sizes = settings.model
         self.patches_per_side = sizes.image_size // sizes.vision_patch
         looked_at = 2 * scale_factor(vae) if self._shared else sizes.vision_patch
-        self.processor = new_processor(folder / "tokenizer", sizes, looked_at, settings.initial_model)
+        self.processor = new_processor(
+            folder / "tokenizer", sizes, looked_at, settings.initial_model
+        )
         config = model_config(settings, vae, self.processor)
         if settings.vq_tokenizer is not None:
             tokenizer = find_vq_tokenizer(settings.vq_tokenizer)
@@ -433,7 +435,8 @@ class JointObjective(Objective):
     def _record(self) -> dict[str, Any]:
         """What both heads learned from, for comparisons; steps count those of the initial model."""
         drawing, loop = self.settings.drawing, self.settings.loop
-        before = {} if self.settings.initial_model is None else record_of(self.settings.initial_model)
+        initial = self.settings.initial_model
+        before = {} if initial is None else record_of(initial)
         return {
             "data": "shapes",
             "heads": list(self.model.generation_heads),

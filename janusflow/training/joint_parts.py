@@ -72,8 +72,8 @@ def take_weights(model: JanusFlowForConditionalGeneration, source: str) -> None:
         theirs, ours = (shape.get(name, "absent") for shape in shapes)
         if theirs != ours:
             raise SettingsError(
-                f"initial_model: {name} of {source} is {theirs}, and of this run's model {ours}; set "
-                "model, drawing.flow and vq_tokenizer to what the initial model has"
+                f"initial_model: {name} of {source} is {theirs}, and of this run's model {ours}; "
+                "set model, drawing.flow and vq_tokenizer to what the initial model has"
             )
     model.load_state_dict(found.state_dict())
 
