@@ -7,7 +7,6 @@ Axes: N pictures, d features.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -37,7 +36,7 @@ from janusflow.flow.guidance import check_guidance_scale
 from janusflow.flow.solvers import make_solver
 from janusflow.flow.timesteps import time_grid
 from janusflow.models.autoencoder import decode, encode
-from janusflow.models.checkpoints import describe, model_folder, resolve_model_folder
+from janusflow.models.checkpoints import describe, training_record
 from janusflow.models.token_sampling import token_choice
 from janusflow.pipeline import JanusFlowPipeline
 from janusflow.version import versions
@@ -244,11 +243,7 @@ def compare(settings: CompareSettings, folder: Path, *, progress: bool = False) 
 
 def trained_alike(flow_model: str, vq_model: str) -> str:
     """Whether two heads learned from the same data for as long, in words for a report."""
-    records = []
-    for where in (flow_model, vq_model):
-        file = model_folder(resolve_model_folder(where)) / "training.json"
-        records.append(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None)
-    first, second = records
+    first, second = training_record(flow_model), training_record(vq_model)
     if flow_model == vq_model and first is not None:
         return (
             "Yes: both heads were trained in the same steps of one run over one language model "

@@ -7,6 +7,7 @@ and sections are the business of `layouts` and `published_config`, files that of
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -36,12 +37,19 @@ __all__ = [
     "load_model",
     "model_folder",
     "resolve_model_folder",
+    "training_record",
     "weights_hash",
 ]
 
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 
 logger = logging.getLogger(__name__)
+
+
+def training_record(source: str) -> dict[str, Any] | None:
+    """What the joint run that made a model wrote about it, None where there is no record."""
+    file = model_folder(resolve_model_folder(source)) / "training.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def load_model(

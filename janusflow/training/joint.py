@@ -27,6 +27,7 @@ from janusflow.files import write_json
 from janusflow.flow.path import interpolate
 from janusflow.flow.timesteps import logit_normal, uniform
 from janusflow.models.autoencoder import scale_factor
+from janusflow.models.checkpoints import training_record
 from janusflow.models.modeling import JanusFlowForConditionalGeneration
 from janusflow.models.prefix import shared_prefix_mask
 from janusflow.training.alignment import AlignmentHead, AlignmentSettings, alignment_loss
@@ -37,7 +38,6 @@ from janusflow.training.joint_parts import (
     latents_of,
     model_config,
     new_processor,
-    record_of,
     take_vision_tower,
     take_weights,
     vq_config,
@@ -436,12 +436,12 @@ class JointObjective(Objective):
         """What both heads learned from, for comparisons; steps count those of the initial model."""
         drawing, loop = self.settings.drawing, self.settings.loop
         initial = self.settings.initial_model
-        before = {} if initial is None else record_of(initial)
+        before = None if initial is None else training_record(initial)
         return {
             "data": "shapes",
             "heads": list(self.model.generation_heads),
             "encoders": "shared" if self._shared else "decoupled",
-            "steps": loop.steps + before.get("steps", 0),
+            "steps": loop.steps + (before["steps"] if before else 0),
             "seed": loop.seed,
             "precision": loop.precision,
             "num_pictures": drawing.num_pictures,

@@ -5,10 +5,9 @@ Axes: B batch, C latent channels.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKL
@@ -26,7 +25,7 @@ from janusflow.errors import SettingsError
 from janusflow.evaluation.features import module_hash
 from janusflow.files import atomic_path
 from janusflow.models.autoencoder import encode, scale_factor
-from janusflow.models.checkpoints import model_folder, resolve_model_folder
+from janusflow.models.checkpoints import resolve_model_folder
 from janusflow.models.configuration import JanusFlowConfig
 from janusflow.models.modeling import JanusFlowForConditionalGeneration
 from janusflow.processing.images import JanusFlowImageProcessor
@@ -76,12 +75,6 @@ def take_weights(model: JanusFlowForConditionalGeneration, source: str) -> None:
                 "set model, drawing.flow and vq_tokenizer to what the initial model has"
             )
     model.load_state_dict(found.state_dict())
-
-
-def record_of(source: str) -> dict[str, Any]:
-    """What the joint run that made a model wrote about it; nothing where there is no record."""
-    file = model_folder(resolve_model_folder(source)) / "training.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def new_processor(
