@@ -164,6 +164,28 @@ def test_losses_are_taken_of_answers_only(objective):
         assert spoken == "".join(f" {answer}{eos}" for answer in answers)
 
 
+@pytest.mark.parametrize(
+    ("part", "weight", "loss"),
+    [
+        ("drawing", "loss_weight", "flow"),
+        ("drawing", "vq_weight", "vq"),
+        ("looking", "loss_weight", "answer"),
+        ("patches", "vision_weight", "vision_patches"),
+        ("patches", "drawing_weight", "drawn_patches"),
+    ],
+)
+def test_a_weight_is_of_its_loss_alone(objective, monkeypatch, part, weight, loss):
+    batch = objective.batch(0)
+    with torch.no_grad():
+        before = objective(**batch)
+        tripled = 3 * getattr(getattr(objective.settings, part), weight)
+        settings = altered(objective.settings, **{part: {weight: tripled}})
+        monkeypatch.setattr(objective, "settings", settings)
+        after = objective(**batch)
+    factors = {name: float(after[name] / before[name]) for name in before}
+    assert factors == pytest.approx({name: 3.0 if name == loss else 1.0 for name in before})
+
+
 def test_a_question_begins_as_the_processor_asks_it(objective):
     processor = objective.processor
     batch = objective.batches.conversations(1, 0, 160)
