@@ -261,11 +261,12 @@ def test_noise_is_shared_out_among_pictures_that_a_caption_fits(settings, tmp_pa
     drawing = replace(settings.drawing, num_pictures=192, batch_size=6, coupled_pictures=3)
     settings = replace(settings, drawing=drawing, cache=str(tmp_path))
     objective = JointObjective(settings)
-    given = []
+    given, made = [], []
 
     def noted(x_1, num, *, generator):
         given.append(x_1)
-        return transported_noise(x_1, num, generator=generator)
+        made.append(transported_noise(x_1, num, generator=generator))
+        return made[-1]
 
     monkeypatch.setattr("janusflow.training.joint.transported_noise", noted)
     batch = objective.batch(0)
@@ -284,6 +285,7 @@ def test_noise_is_shared_out_among_pictures_that_a_caption_fits(settings, tmp_pa
         assert len(set(found)) == len(found) == min(3, len(fits))
         assert set(found) <= fits
         assert torch.equal(batch["x_1"][2 * row], x_1[0])
+        assert torch.equal(batch["x_0"][2 * row : 2 * row + 2], made[row])
     torch.testing.assert_close(objective.batch(0)["x_0"], batch["x_0"], rtol=0, atol=0)
     given.clear()
     with torch.no_grad():
