@@ -35,14 +35,7 @@ RANK = {layer: rank for rank, row in enumerate(ROWS) for layer in row}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 SCRIPTS = sorted((ROOT / "sampling").rglob("*.py"))
 
-FLOW_MAY_IMPORT = {
-    "torch",
-    "torchdiffeq",
-    "numpy",
-    "scipy.optimize",
-    "diffusers.schedulers",
-    "janusflow",
-}
+FLOW_MAY_IMPORT = {"torch", "torchdiffeq", "numpy", "diffusers.schedulers", "janusflow"}
 NOBODY_IMPORTS = {"torchvision", "timm", "attrdict", "pickle", "janus"}
 FACADE = {
     **janusflow._LAZY,

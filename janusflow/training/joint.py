@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +20,10 @@ from diffusers import AutoencoderKL
 from einops import rearrange
 from torch import Tensor, nn
 
-from janusflow.data.shapes.batches import ShapesBatches, pictures_by_meaning
+from janusflow.data.shapes.batches import ShapesBatches
 from janusflow.data.shapes.scene import COLORS, SHAPES
 from janusflow.errors import SettingsError
 from janusflow.files import write_json
-from janusflow.flow.coupling import transported_noise
 from janusflow.flow.path import interpolate
 from janusflow.flow.timesteps import logit_normal, uniform
 from janusflow.models.autoencoder import scale_factor
@@ -95,9 +93,6 @@ class DrawingSettings:
     """Captions of a part of a step, see `loop.microbatches`."""
     noises_per_picture: int = 3
     """Points of the path a picture is trained at in a part; they share the caption's tokens."""
-    coupled_pictures: int = 1
-    """Pictures that a caption fits among which noise is shared out by optimal transport, so that
-    paths bend less; see `janusflow.flow.coupling`. With 1 noise is independent of pictures."""
     prompt_length: int = 28
     """Tokens a prompt is padded to."""
     condition_dropout_prob: float = 0.1
@@ -111,10 +106,6 @@ class DrawingSettings:
         if self.timesteps not in ("logit-normal", "uniform"):
             raise SettingsError(
                 f"drawing.timesteps is 'logit-normal' or 'uniform', not {self.timesteps!r}"
-            )
-        if self.coupled_pictures < 1:
-            raise SettingsError(
-                f"drawing.coupled_pictures is at least 1, not {self.coupled_pictures}"
             )
 
 
@@ -286,10 +277,6 @@ class JointObjective(Objective):
         self.latents = self.image_tokens = None
         if settings.drawing.flow:
             self.latents = encoded_pictures("latents", settings, latents_of(vae), vae)
-            if settings.drawing.coupled_pictures > 1:
-                self._fitting = pictures_by_meaning(
-                    settings.loop.seed, settings.drawing.num_pictures
-                )
         if settings.vq_tokenizer is not None:
             self.image_tokens = encoded_pictures(
                 "image_tokens",
@@ -330,7 +317,7 @@ class JointObjective(Objective):
         """The batch of a sample's number, of these pictures to draw and what was made of them."""
         drawing, looking = self.settings.drawing, self.settings.looking
         seed = self.settings.loop.seed
-        captions = self.batches.captions(
+        ids, mask = self.batches.captions(
             indices,
             sample,
             drawing.prompt_length,
@@ -345,8 +332,8 @@ class JointObjective(Objective):
             looking.where_weight,
         )
         batch = {
-            "prompt_ids": captions.input_ids,
-            "prompt_mask": captions.attention_mask,
+            "prompt_ids": ids,
+            "prompt_mask": mask,
             "conversation_ids": conversations.input_ids,
             "labels": conversations.labels,
             "blocks": conversations.blocks,
@@ -357,10 +344,7 @@ class JointObjective(Objective):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + sample)
             x_1 = latents.float().repeat_interleave(drawing.noises_per_picture, dim=0)
             density = logit_normal if drawing.timesteps == "logit-normal" else uniform
-            if drawing.coupled_pictures > 1 and sample != _HELD_OUT:
-                batch["x_0"] = self._coupled_noise(indices, captions.meanings, generator)
-            else:
-                batch["x_0"] = torch.randn(x_1.shape, generator=generator)
+            batch["x_0"] = torch.randn(x_1.shape, generator=generator)
             batch["x_1"] = x_1
             batch["t"] = density(len(x_1), generator=generator)
         if "vision" in self.patch_heads:
@@ -375,28 +359,6 @@ class JointObjective(Objective):
         if image_tokens is not None:
             batch["image_tokens"] = image_tokens.long()
         return batch
-
-    def _coupled_noise(
-        self, indices: np.ndarray, meanings: Sequence[str], generator: torch.Generator
-    ) -> Tensor:
-        """Noise of the pictures, `noises_per_picture` each, shared out with others of its caption.
-
-        A dropped caption shares as well: the velocity without a condition stays the mean of those
-        with one.
-        """
-        assert self.latents is not None
-        drawing = self.settings.drawing
-        noises = []
-        for index, meaning in zip(indices, meanings, strict=True):
-            fitting = torch.from_numpy(self._fitting[meaning])
-            others = fitting[fitting != index]
-            order = torch.randperm(len(others), generator=generator)
-            chosen = others[order[: drawing.coupled_pictures - 1]]
-            pictures = self.latents[torch.cat([torch.tensor([index]), chosen])].float()
-            noises.append(
-                transported_noise(pictures, drawing.noises_per_picture, generator=generator)
-            )
-        return torch.cat(noises)
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Losses of drawing by either head, of looking, of both kinds of patches, of alignment."""
@@ -498,8 +460,7 @@ class JointObjective(Objective):
     def validate(self) -> dict[str, float]:
         """Mean losses on pictures that training never draws, at times in the middles of intervals.
 
-        That of the flow head stands by itself for each of the times, too; noise is independent of
-        the pictures here.
+        That of the flow head stands by itself for each of the times, too.
         """
         settings = self.settings.validation
         first = self.settings.drawing.num_pictures

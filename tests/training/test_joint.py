@@ -15,9 +15,7 @@ import torch
 from janusflow import JanusFlowPipeline
 from janusflow.data.shapes import COLORS, SHAPES, Scene, ShapeObject, draw
 from janusflow.data.shapes.batches import IGNORED, patch_labels, picture_scene
-from janusflow.data.shapes.language import meanings
 from janusflow.errors import CheckpointError, SettingsError
-from janusflow.flow.coupling import transported_noise
 from janusflow.models.prefix import shared_prefix_mask
 from janusflow.settings import fill, read_yaml
 from janusflow.training import joint_parts
@@ -125,8 +123,8 @@ def test_an_empty_validation_is_refused(values):
 
 def test_prompts_are_those_of_sampling(objective):
     processor = objective.processor
-    captions = objective.batches.captions(np.arange(6), 0, 28, dropout=0.0)
-    for row, row_mask in zip(captions.input_ids, captions.attention_mask, strict=True):
+    ids, mask = objective.batches.captions(np.arange(6), 0, 28, dropout=0.0)
+    for row, row_mask in zip(ids, mask, strict=True):
         tokens = row[row_mask.bool()].tolist()
         text = processor.decode(tokens[:-1])
         caption = text.removeprefix("User: ").removesuffix("\n\nAssistant:")
@@ -136,11 +134,9 @@ def test_prompts_are_those_of_sampling(objective):
 
 def test_a_dropped_condition_is_masked_as_in_sampling(objective):
     processor = objective.processor
-    kept = objective.batches.captions(np.arange(6), 0, 28, dropout=0.0)
-    dropped = objective.batches.captions(np.arange(6), 0, 28, dropout=1.0)
-    assert dropped.meanings == kept.meanings
-    ids, mask = dropped.input_ids, dropped.attention_mask
-    first = kept.attention_mask.argmax(1)
+    _, kept_mask = objective.batches.captions(np.arange(6), 0, 28, dropout=0.0)
+    ids, mask = objective.batches.captions(np.arange(6), 0, 28, dropout=1.0)
+    first = kept_mask.argmax(1)
     for row in range(6):
         start = int(first[row])
         assert ids[row, start] == processor.bos_token_id
@@ -255,47 +251,6 @@ def test_drawn_labels_are_those_of_the_latents_pictures(objective, settings):
     for row, index in enumerate(indices.repeat(noises)):
         expected = patch_labels(picture_scene(settings.loop.seed, int(index)), 8)
         assert torch.equal(batch["drawn_labels"][row], torch.from_numpy(expected))
-
-
-def test_noise_is_shared_out_among_pictures_that_a_caption_fits(settings, tmp_path, monkeypatch):
-    drawing = replace(settings.drawing, num_pictures=192, batch_size=6, coupled_pictures=3)
-    settings = replace(settings, drawing=drawing, cache=str(tmp_path))
-    objective = JointObjective(settings)
-    given, made = [], []
-
-    def noted(x_1, num, *, generator):
-        given.append(x_1)
-        made.append(transported_noise(x_1, num, generator=generator))
-        return made[-1]
-
-    monkeypatch.setattr("janusflow.training.joint.transported_noise", noted)
-    batch = objective.batch(0)
-    seed = settings.loop.seed
-    indices = np.random.default_rng([seed, 4, 0]).integers(192, size=6)
-    captions = objective.batches.captions(indices, 0, 28, dropout=0.1, tag="vq")
-    fitting = [
-        {i for i in range(192) if meaning in meanings(picture_scene(seed, i))}
-        for meaning in captions.meanings
-    ]
-    assert max(map(len, fitting)) > 3
-    latents = objective.latents.float()
-    for row, (x_1, fits) in enumerate(zip(given, fitting, strict=True)):
-        found = [int((latents == picture).flatten(1).all(1).nonzero()) for picture in x_1]
-        assert found[0] == indices[row]
-        assert len(set(found)) == len(found) == min(3, len(fits))
-        assert set(found) <= fits
-        assert torch.equal(batch["x_1"][2 * row], x_1[0])
-        assert torch.equal(batch["x_0"][2 * row : 2 * row + 2], made[row])
-    torch.testing.assert_close(objective.batch(0)["x_0"], batch["x_0"], rtol=0, atol=0)
-    given.clear()
-    with torch.no_grad():
-        objective.validate()
-    assert not given  # pictures that training never draws share with none
-
-
-def test_no_coupled_pictures_are_refused():
-    with pytest.raises(SettingsError, match="coupled_pictures is at least 1, not 0"):
-        fill(JointSettings, {"drawing": {"coupled_pictures": 0}})
 
 
 @pytest.mark.parametrize("patches_per_token", [1, 4])

@@ -5,7 +5,6 @@ Every batch is a function of (seed, step), of fixed shape. Axes: B rows, L token
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Literal
@@ -14,13 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from janusflow.data.shapes.language import (
-    Question,
-    ask,
-    meanings,
-    training_caption,
-    training_scene,
-)
+from janusflow.data.shapes.language import Question, ask, training_caption, training_scene
 from janusflow.data.shapes.scene import COLORS, SHAPES, Scene, draw, sample_scene
 from janusflow.processing.processor import IGNORED, JanusFlowProcessor
 
@@ -31,30 +24,6 @@ TRAINING_SHARES = (0.2, 0.55, 0.25)
 def picture_scene(seed: int, index: int) -> Scene:
     """The scene of the picture `index` of a data set."""
     return sample_scene(np.random.default_rng([seed, 1, index]), TRAINING_SHARES)
-
-
-def pictures_by_meaning(seed: int, num: int) -> dict[str, np.ndarray]:
-    """Which of the first `num` pictures a caption of each meaning fits: their indices, int64."""
-    found = defaultdict(list)
-    for index in range(num):
-        for meaning in meanings(picture_scene(seed, index)):
-            found[meaning].append(index)
-    return {meaning: np.array(indices) for meaning, indices in found.items()}
-
-
-@dataclass(frozen=True)
-class Captions:
-    """Prompts of pictures, ending in the tag of a head, left-padded.
-
-    Attributes:
-        input_ids: (B, L).
-        attention_mask: (B, L).
-        meanings: Of each caption, also where it was dropped.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    meanings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -126,22 +95,23 @@ class ShapesBatches:
         length: int,
         dropout: float,
         tag: Literal["flow", "vq"] = "flow",
-    ) -> Captions:
-        """Prompts of the pictures `indices`, of `length` tokens.
+    ) -> tuple[Tensor, Tensor]:
+        """Prompts of the pictures `indices`, ending in the tag of a head, left-padded.
 
         A share `dropout` of the prompts is dropped as sampling drops them: every token but the
         first becomes padding and is masked.
+
+        Returns:
+            input_ids and attention_mask, (B, length).
         """
         rng = np.random.default_rng([self.seed, 2, step])
         processor = self.processor
         tags = {"flow": processor.image_gen_id, "vq": processor.begin_of_image_id}
         ids = np.full((len(indices), length), processor.pad_token_id, np.int64)
         mask = np.zeros_like(ids)
-        requests = []
         for row, index in enumerate(indices):
-            requests.append(training_caption(self._scene(int(index)), rng))
-            text = f"User: {requests[-1].text}\n\nAssistant:"
-            tokens = [processor.bos_token_id, *self._ids(text)]
+            caption = training_caption(self._scene(int(index)), rng).text
+            tokens = [processor.bos_token_id, *self._ids(f"User: {caption}\n\nAssistant:")]
             start = length - len(tokens) - 1
             if start < 0:
                 raise ValueError(f"a prompt of {len(tokens) + 1} tokens exceeds {length}")
@@ -150,11 +120,7 @@ class ShapesBatches:
                 tokens[1:] = [processor.pad_token_id] * (len(tokens) - 1)
                 mask[row, start + 1 :] = 0
             ids[row, start:] = [*tokens, tags[tag]]
-        return Captions(
-            torch.from_numpy(ids),
-            torch.from_numpy(mask),
-            tuple(request.meaning for request in requests),
-        )
+        return torch.from_numpy(ids), torch.from_numpy(mask)
 
     def conversations(
         self,

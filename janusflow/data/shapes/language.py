@@ -10,7 +10,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 
@@ -25,14 +24,6 @@ _KINDS_OF_LAYOUT = {
     "single": ("single", "colors"),
     "pair": ("two", "position", "attribution"),
     "group": ("counting",),
-}
-_COLORED = {
-    "single": (False,),
-    "two": (False,),
-    "counting": (False, True),
-    "colors": (True,),
-    "position": (False, True),
-    "attribution": (True,),
 }
 _OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 
@@ -123,21 +114,6 @@ def describe(scene: Scene, rng: np.random.Generator, kind: str | None = None) ->
     relation = relation if kind == "position" else None
     text = _wording(items, relation, zone, background, rng)
     return Request(kind, text, items, relation, zone, background)
-
-
-def meanings(scene: Scene) -> set[str]:
-    """The meanings of all captions that `describe` may give a scene."""
-    found = set()
-    for kind in _KINDS_OF_LAYOUT[scene.layout]:
-        named, count = scene.objects, 1
-        if kind == "counting":
-            named, count = named[:1], len(named)
-        relation = scene.relation if kind == "position" else None
-        zones, backgrounds = (None, scene.zone), (None, scene.background)
-        for colored, zone, background in product(_COLORED[kind], zones, backgrounds):
-            items = tuple(Item(o.shape, o.color if colored else None, count) for o in named)
-            found.add(Request(kind, "", items, relation, zone, background).meaning)
-    return found
 
 
 def _wording(
