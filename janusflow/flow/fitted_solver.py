@@ -72,7 +72,7 @@ class FittedSolver(Solver):
         """Reads a JSON file of `janusflow.training.solver`.
 
         Args:
-            where: The name of a bundled solver, such as "fast", or a file.
+            where: The name of a bundled solver, such as "tiny-6", or a file.
 
         Raises:
             SettingsError: If there is none, or it is damaged.

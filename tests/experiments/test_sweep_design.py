@@ -74,16 +74,16 @@ def test_evaluations_become_the_whole_steps_of_each_solver() -> None:
 
 
 def test_a_fitted_solver_has_one_number_of_steps_and_times_of_its_own() -> None:
-    found = cells_of(nfe=[3, 6], solver=["euler", "fitted:fast"], shift=[1.0, 3.0])
+    found = cells_of(nfe=[3, 6], solver=["euler", "fitted:tiny-6"], shift=[1.0, 3.0])
     assert [(cell.solver, cell.num_inference_steps, cell.shift) for cell in found] == [
         ("euler", 3, 1.0),
         ("euler", 3, 3.0),
         ("euler", 6, 1.0),
         ("euler", 6, 3.0),
-        ("fitted:fast", 6, 1.0),
+        ("fitted:tiny-6", 6, 1.0),
     ]
     with pytest.raises(SettingsError, match="set num_inference_steps=6"):
-        cells_of(num_inference_steps=[7], solver=["fitted:fast"])
+        cells_of(num_inference_steps=[7], solver=["fitted:tiny-6"])
 
 
 def test_tolerances_are_of_adaptive_solvers_and_limits_of_tokens_of_drawn_ones() -> None:

@@ -102,6 +102,12 @@ def test_damaged_files_are_refused(tmp_path: Path, changes: dict, message: str) 
         make_solver(written(tmp_path, **changes))
 
 
+def test_weights_of_velocities_to_come_are_refused() -> None:
+    times, weights = torch.tensor(TIMES), torch.tensor([[0.3, 0.1], [0.5, 0.5]])
+    with pytest.raises(SettingsError, match="zeros above the diagonal"):
+        FittedSolver(times, weights)
+
+
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     for name in (tmp_path / "none.json", tmp_path, ""):
         with pytest.raises(SettingsError, match=r"expected a bundled one .* or a file"):

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+import janusflow
 from janusflow import JanusFlowPipeline, SettingsError
 from janusflow.data.sources import open_source, source_settings
 from janusflow.flow.timesteps import time_grid
+from janusflow.models.checkpoints import describe
 from janusflow.settings import fill
 from janusflow.training.pairs import PairsRunSettings, make_pairs
 from janusflow.training.run import run
@@ -146,3 +148,9 @@ def test_bad_settings_are_refused(pairs: Path, changes: dict[str, Any], message:
 def test_coefficients_are_the_weights_of_all_velocities() -> None:
     expected = torch.tensor([[0.5, 0.0], [0.5 - 0.25, 0.5 + 0.25]], dtype=torch.float64)
     torch.testing.assert_close(coefficients_of("ab2", time_grid(2)), expected)
+
+
+def test_the_bundled_solver_is_of_the_bundled_model() -> None:
+    file = Path(janusflow.__file__).parent / "assets" / "solvers" / "tiny-6.json"
+    fitted_to = json.loads(file.read_text(encoding="utf-8"))["fitted_to"]
+    assert fitted_to["weights_hash"] == describe("tiny").weights_hash
