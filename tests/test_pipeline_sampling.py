@@ -695,9 +695,6 @@ LATENTS = torch.zeros(1, 4, 8, 8)
             "got 3 source prompts for 1 prompts",
         ),
         ({"image": HALF, "edit": "inversion", "solver": "sde"}, "draws no noise.* got 'sde'"),
-        ({"image": HALF, "edit": "inversion", "solver": "fitted:tiny-6"}, "takes any times"),
-        ({"image": HALF, "solver": "fitted:tiny-6", "num_inference_steps": 6}, "another solver"),
-        ({"solver": "fitted:tiny-6", "num_inference_steps": 7}, "set num_inference_steps=6"),
         (
             {"image": HALF, "edit": "inversion", "solver": FlowMatchEulerDiscreteScheduler()},
             "give solver= by its name",

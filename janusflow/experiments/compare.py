@@ -264,9 +264,9 @@ def trained_alike(flow_model: str, vq_model: str) -> str:
 
 def _check_drawing(settings: CompareSettings) -> None:
     """Refuses settings that a head would refuse in the middle of the work."""
-    solver = make_solver(settings.flow.solver)
+    make_solver(settings.flow.solver)
     for steps in settings.flow.num_inference_steps:
-        solver.grid(time_grid(steps))
+        time_grid(steps)
     for temperature in settings.vq.temperature:
         token_choice(temperature, settings.vq.top_k, settings.vq.top_p, torch.Generator(), 1)
     for part in (settings.flow, settings.vq):

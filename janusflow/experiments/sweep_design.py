@@ -200,15 +200,14 @@ def _values(axes: Axes) -> dict[str, list[Any]]:
 
 
 def _steps_of(nfe: int, solver: str) -> int | None:
-    """Steps of so many evaluations; None where the solver does not take them in whole steps."""
-    stepper = make_solver(solver)
-    each = stepper.evaluations_per_step
+    """Steps of so many evaluations; None where they are no whole number."""
+    each = make_solver(solver).evaluations_per_step
     if each is None:
         raise SettingsError(
             f"solver {solver!r} chooses its evaluations itself; give axes.num_inference_steps "
             "instead of axes.nfe"
         )
-    return None if nfe % each or stepper.steps not in (None, nfe // each) else nfe // each
+    return None if nfe % each else nfe // each
 
 
 def _cell(
@@ -263,7 +262,7 @@ def _cell(
         "guidance_rescale": guidance_rescale if guided else None,
         "zero_init_steps": zero_init_steps,
         "solver": solver,
-        "shift": shift if stepper.steps is None else 1.0,
+        "shift": shift,
         "rtol": rtol if stepper.adaptive else None,
     }
     return Cell(**{**nothing, **shared, **chosen})

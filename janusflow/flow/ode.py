@@ -27,7 +27,6 @@ class Solver(ABC):
         evaluations_per_step: Of the velocity; None where it varies.
         adaptive: Whether tolerances govern it; they see all rows of a state together.
         draws_noise: Whether it needs `generators`.
-        steps: So many it takes, at times of its own; None = any grid.
         rtol: Relative tolerance of an adaptive solver.
         atol: Absolute tolerance of an adaptive solver.
         generators: One for each row of the state.
@@ -37,7 +36,6 @@ class Solver(ABC):
     evaluations_per_step: int | None = None
     adaptive: bool = False
     draws_noise: bool = False
-    steps: int | None = None
     rtol: float = 1e-5
     atol: float = 1e-5
     generators: Sequence[torch.Generator] = ()

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from janusflow.errors import SettingsError
 from janusflow.flow.diffusers_bridge import DiffusersSolver, UniPC
-from janusflow.flow.fitted_solver import PREFIX, FittedSolver, bundled_names
 from janusflow.flow.noise import image_generators
 from janusflow.flow.ode import Field, Solver, StepSolver
 from janusflow.flow.step_solvers import (
@@ -63,7 +62,6 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
 for _method in METHODS:  # by their plain names where those are free
     SOLVERS.setdefault(_method, partial(TorchdiffeqSolver, _method))
 SOLVERS |= {f"torchdiffeq:{method}": partial(TorchdiffeqSolver, method) for method in METHODS}
-SOLVERS |= {PREFIX + name: partial(FittedSolver.from_file, name) for name in bundled_names()}
 
 
 class SolveStopped(Exception):
@@ -98,7 +96,7 @@ class SolverFacts(NamedTuple):
 
 
 def solver_names() -> dict[str, SolverFacts]:
-    """All solvers that come with the package, by name; those of torchdiffeq have a second one."""
+    """All solvers by name. The torchdiffeq ones have a second name, `torchdiffeq:NAME`."""
     facts = {}
     for name, make in SOLVERS.items():
         solver: Any = make if isinstance(make, type) else make()
@@ -110,24 +108,20 @@ def make_solver(solver: str | Any) -> Solver:
     """A fresh solver.
 
     Args:
-        solver: A name in `SOLVERS`, "fitted:FILE" for one of `janusflow.training.solver`, a flow
-            scheduler of diffusers or a `Solver`; an object is copied and left alone.
+        solver: A name in `SOLVERS`, a flow scheduler of diffusers or a `Solver`; an object is
+            copied and left alone.
 
     Raises:
-        SettingsError: If there is no such solver, its file is damaged, or the scheduler is not of
-            flows.
+        SettingsError: If there is no such solver, or the scheduler is not of flows.
     """
     if isinstance(solver, Solver):
         return copy.deepcopy(solver)
     if not isinstance(solver, str):
         return DiffusersSolver(solver)
-    if solver not in SOLVERS and solver.startswith(PREFIX):
-        return FittedSolver.from_file(solver.removeprefix(PREFIX))
     if solver not in SOLVERS:
         known = ", ".join(name for name in SOLVERS if not name.startswith("torchdiffeq:"))
         raise SettingsError(
-            f"unknown solver {solver!r}; known: {known}, fitted:FILE, torchdiffeq:NAME for all of "
-            "torchdiffeq's"
+            f"unknown solver {solver!r}; known: {known}, torchdiffeq:NAME for all of torchdiffeq's"
         )
     return SOLVERS[solver]()
 

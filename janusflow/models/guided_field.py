@@ -62,10 +62,10 @@ class GuidedField:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """The guided velocity of latents x (B, C, h, w) at a time t, a scalar in [0, 1]."""
-        free, time = None, float(t.detach())  # that of a solver in training has a gradient
-        if time < self._rests_until:
+        free = None
+        if float(t) < self._rests_until:
             guided = conditional = torch.zeros_like(x)
-        elif (scale := self._guidance.scale_at(time)) == 1.0:
+        elif (scale := self._guidance.scale_at(float(t))) == 1.0:
             self.nfe += 1
             self.num_forward_passes += 1
             guided = conditional = self._velocity(x, t, self._prompts.prefix).to(x.dtype)

@@ -16,7 +16,6 @@ _TASKS = {  # module, settings, objective
     "vq-tokenizer": ("vq_tokenizer", "VQTokenizerSettings", "VQTokenizerObjective"),
     "joint": ("joint", "JointSettings", "JointObjective"),
     "stage": ("stage", "StageSettings", "StageObjective"),
-    "solver": ("solver", "SolverSettings", "SolverObjective"),
 }
 _PREPARATIONS = {  # module, settings, function: what makes something to train from
     "assemble": ("assemble", "AssembleSettings", "assemble"),

@@ -73,19 +73,6 @@ def test_evaluations_become_the_whole_steps_of_each_solver() -> None:
     assert [(cell.solver, cell.num_inference_steps) for cell in odd] == [("euler", 7)]
 
 
-def test_a_fitted_solver_has_one_number_of_steps_and_times_of_its_own() -> None:
-    found = cells_of(nfe=[3, 6], solver=["euler", "fitted:tiny-6"], shift=[1.0, 3.0])
-    assert [(cell.solver, cell.num_inference_steps, cell.shift) for cell in found] == [
-        ("euler", 3, 1.0),
-        ("euler", 3, 3.0),
-        ("euler", 6, 1.0),
-        ("euler", 6, 3.0),
-        ("fitted:tiny-6", 6, 1.0),
-    ]
-    with pytest.raises(SettingsError, match="set num_inference_steps=6"):
-        cells_of(num_inference_steps=[7], solver=["fitted:tiny-6"])
-
-
 def test_tolerances_are_of_adaptive_solvers_and_limits_of_tokens_of_drawn_ones() -> None:
     flow = cells_of(solver=["euler", "dopri5"], rtol=[None, 1e-5, 1e-2], top_k=[None, 5])
     assert [(cell.solver, cell.rtol, cell.top_k) for cell in flow] == [
