@@ -23,6 +23,7 @@ from janusflow.pipeline import JanusFlowPipeline
 from janusflow.processing.images import JanusFlowImageProcessor
 from janusflow.processing.processor import JanusFlowProcessor
 from janusflow.processing.tokenizer import load_tokenizer
+from janusflow.training.outcomes import export_pipeline
 from janusflow.version import __version__
 
 
@@ -106,10 +107,8 @@ def assemble(settings: AssembleSettings) -> Path:
     model = JanusFlowForConditionalGeneration(config)
     model.language_model.load_state_dict(language_model.state_dict())
     model.vision_model.load_state_dict(_janus_names(vision.state_dict()))
-    vae.register_to_config(_name_or_path="")  # else the folder it was loaded from
     with atomic_folder(target) as scratch:
-        pipe = JanusFlowPipeline(model=model, vae=vae, processor=processor)
-        pipe.to(torch.bfloat16).save_pretrained(scratch)
+        export_pipeline(JanusFlowPipeline(model=model, vae=vae, processor=processor), scratch)
         write_json(scratch / "parts.json", {**asdict(settings), "janusflow": __version__})
     return target
 

@@ -49,6 +49,7 @@ from janusflow.training.losses import (
     patch_loss,
     rectified_flow_loss,
 )
+from janusflow.training.outcomes import export_pipeline
 from janusflow.training.processes import begin
 from janusflow.training.shared_encoder import SharedEncoderModel
 
@@ -510,10 +511,8 @@ class JointObjective(Objective):
         if self._shared:
             write_json(folder / "training.json", self._record())
             return
-        self.vae.register_to_config(_name_or_path="")  # else the folder it was loaded from
-        self._pipeline().to(torch.bfloat16).save_pretrained(folder)
+        export_pipeline(self._pipeline(), folder)
         write_json(folder / "model" / "training.json", self._record())
-        self.model.float()
 
 
 def patches_loss(logits: Tensor, labels: Tensor) -> Tensor:

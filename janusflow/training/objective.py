@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -24,6 +24,9 @@ class Objective(nn.Module):
     reaches_all_weights = True
     """False if the losses of a part may leave trainable weights without a gradient. Several
     processes then look for these weights in every part. Sharded weights need True."""
+    can_be_sharded = True
+    """False if a part goes through the same layers several times, which weights in shards (FSDP)
+    cannot follow."""
 
     @abstractmethod
     def batch(self, step: int, part: int = 0) -> dict[str, Tensor]:
@@ -86,3 +89,46 @@ class Objective(nn.Module):
     def fresh(self) -> Objective:
         """Another one, untrained, which takes the weights that were trained in shards to export."""
         return type(self)(self.settings)
+
+
+class Stream(Protocol):
+    """What a part's batches are made from, one after another."""
+
+    def next(self, step: int) -> Any:
+        """The next item, for a batch of `step`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is after the last item of a batch, as JSON."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there."""
+
+
+class StreamObjective(Objective):
+    """One that reads data: each part has a stream, opened when it is first read from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._streams: dict[int, Any] = {}
+        self._kept: dict[int, Any] = {}
+
+    @abstractmethod
+    def open_stream(self, part: int) -> Stream:
+        """The stream of a part, at its start."""
+
+    def stream(self, part: int) -> Any:
+        """The stream of a part, where it is."""
+        if part not in self._streams:
+            self._streams[part] = self.open_stream(part)
+            if part in self._kept:
+                self._streams[part].load_state_dict(self._kept.pop(part))
+        return self._streams[part]
+
+    def data_state(self) -> dict[int, Any]:
+        """Of every stream that this process has read from."""
+        return {part: stream.state_dict() for part, stream in self._streams.items()}
+
+    def load_data_state(self, states: dict[int, Any]) -> None:
+        """See `Objective`."""
+        self._streams.clear()
+        self._kept = dict(states)

@@ -9,6 +9,7 @@ tokens of a row, G points of pictures' paths, N image tokens.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,7 +38,8 @@ from janusflow.training.cached import Cached, Encode
 from janusflow.training.loop import LoopSettings
 from janusflow.training.lora import LoraSettings, add_adapters, merged_weights
 from janusflow.training.losses import image_token_loss, rectified_flow_loss
-from janusflow.training.objective import Objective
+from janusflow.training.objective import StreamObjective
+from janusflow.training.outcomes import PreviewSettings, export_pipeline, preview_pictures
 from janusflow.training.packed import PackedStates, packed_states
 from janusflow.training.spans import DrawingSettings, Encoders, SpanMaker
 
@@ -78,15 +80,12 @@ class ValidationSettings:
 
 
 @dataclass(frozen=True)
-class StagePreviewSettings:
+class StagePreviewSettings(PreviewSettings):
     """Pictures that show how training goes, drawn with guidance."""
 
-    prompts: list[str] = field(default_factory=list)
     num_inference_steps: int = 30
     guidance_scale: float | None = None
     """The head's own when not given."""
-    shapes: int = 0
-    """Held-out prompts of the shapes world to score; 0 for models of other worlds."""
 
 
 @dataclass(frozen=True)
@@ -122,17 +121,13 @@ class StageSettings:
 
 
 class PackedStream:
-    """Packed rows from a stream; a span that does not fit any more begins the next ones.
-
-    Attributes:
-        state: Of the stream before the span that was left over, which is drawn again.
-    """
+    """Packed rows from a stream; a span that does not fit any more begins the next ones."""
 
     def __init__(self, stream: SampleStream[Span], settings: PackingSettings, pad: int) -> None:
         self.stream = stream
         self.settings = settings
         self.pad = pad
-        self.state = stream.state_dict()
+        self._state = stream.state_dict()
         self._left: Span | None = None
 
     def next(self, step: int) -> dict[str, Tensor]:
@@ -145,16 +140,20 @@ class PackedStream:
         return packer.rows(self.pad)
 
     def _draw(self, step: int) -> Span:
-        self.state = self.stream.state_dict()
+        self._state = self.stream.state_dict()
         return self.stream.next(step)
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Of the stream before the span that was left over, which is drawn again."""
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a state."""
-        self.state, self._left = state, None
+        self._state, self._left = state, None
         self.stream.load_state_dict(state)
 
 
-class StageObjective(Objective):
+class StageObjective(StreamObjective):
     """The model with the losses of a stage."""
 
     free_settings = ("validation", "preview", "cache")
@@ -169,7 +168,7 @@ class StageObjective(Objective):
             self.model.require_head(head)
         if "flow" in settings.drawing.heads and self._pipe.vae is None:
             raise SettingsError(f"{settings.model} has no autoencoder; name one by vae")
-        _choose_trained(self.model, settings)
+        choose_trained(self.model, settings.trained, TRAINABLE)
         torch.manual_seed(settings.loop.seed)
         if settings.lora.rank:
             add_adapters(self.model, settings.lora)
@@ -179,28 +178,17 @@ class StageObjective(Objective):
             raise SettingsError("pairs hold no picture to align with; set alignment.weight to 0")
         threads = settings.data.threads
         self._threads = ThreadPoolExecutor(threads) if threads else None
-        self._rows: dict[int, PackedStream] = {}
-        self._kept: dict[int, Any] = {}
         self.train()
 
     # Data
 
     def batch(self, step: int, part: int = 0) -> dict[str, Tensor]:
         """Rows of a part, from its stream."""
-        if part not in self._rows:
-            self._rows[part] = self._open_rows(self._sources, self.settings.data, part)
-            if part in self._kept:
-                self._rows[part].load_state(self._kept.pop(part))
-        return self._rows[part].next(step)
+        return self.stream(part).next(step)
 
-    def data_state(self) -> dict[int, Any]:
-        """Of every stream that this process has read from."""
-        return {part: rows.state for part, rows in self._rows.items()}
-
-    def load_data_state(self, states: dict[int, Any]) -> None:
-        """Streams are opened when they are first read from."""
-        self._rows.clear()
-        self._kept = dict(states)
+    def open_stream(self, part: int) -> PackedStream:
+        """Of packed rows."""
+        return self._open_rows(self._sources, self.settings.data, part)
 
     def whole_modules(self) -> list[nn.Module]:
         """The VQ head's tokenizer, which makes the tokens of pictures to draw."""
@@ -412,22 +400,17 @@ class StageObjective(Objective):
 
     def preview(self, step: int, folder: Path) -> dict[str, float]:
         """Sheets of pictures drawn with guidance, and scores on the shapes world."""
-        from janusflow.evaluation.shapes import score_pictures, write_sheet
-
         settings = self.settings.preview
-        figures = {}
+        figures: dict[str, float] = {}
         for head in self.settings.drawing.heads:
-            options: dict[str, Any] = {
-                "head": head,
-                "num_inference_steps": settings.num_inference_steps,
-                "guidance_scale": settings.guidance_scale,
-            }
-            if settings.prompts:
-                drawn = self._pipe(settings.prompts, seed=0, **options).images
-                write_sheet(folder / f"preview-{head}.png", drawn)
-            if settings.shapes:
-                scores = score_pictures(self._pipe, num=settings.shapes, **options)
-                figures[f"shapes_{head}"] = scores["overall"]
+            figures |= preview_pictures(
+                self._pipe,
+                folder,
+                settings,
+                head,
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+            )
         return figures
 
     def export(self, folder: Path) -> None:
@@ -437,10 +420,7 @@ class StageObjective(Objective):
             model = JanusFlowForConditionalGeneration(self.model.config)
             model.load_state_dict(merged_weights(self.model))
             pipe = JanusFlowPipeline(model=model, vae=pipe.vae, processor=pipe.processor)
-        if pipe.vae is not None:
-            pipe.vae.register_to_config(_name_or_path="")  # else the folder it was loaded from
-        pipe.to(torch.bfloat16).save_pretrained(folder)
-        self._pipe.to(torch.float32)
+        export_pipeline(pipe, folder)
 
 
 def answer_loss(head: nn.Module, states: Tensor, labels: Tensor) -> Tensor:
@@ -459,16 +439,25 @@ def answer_loss(head: nn.Module, states: Tensor, labels: Tensor) -> Tensor:
     return total / wanted.sum().clamp(min=1)
 
 
-def _choose_trained(model: JanusFlowForConditionalGeneration, settings: StageSettings) -> None:
+def choose_trained(
+    model: JanusFlowForConditionalGeneration,
+    trained: Sequence[str],
+    parts: Mapping[str, Sequence[str]],
+) -> None:
+    """Freezes all weights but those of the modules that `trained` names in `parts`.
+
+    Raises:
+        SettingsError: If the model has nothing of that name.
+    """
     model.requires_grad_(False)
-    for name in settings.trained:
+    for name in trained:
         chosen = [
             weight
             for key, weight in model.named_parameters()
-            if any(key == part or key.startswith(f"{part}.") for part in TRAINABLE[name])
+            if any(key == part or key.startswith(f"{part}.") for part in parts[name])
         ]
         if not chosen:
-            raise SettingsError(f"trained names {name!r}, and {settings.model} has no such part")
+            raise SettingsError(f"trained names {name!r}, and the model has no such part")
         for weight in chosen:
             weight.requires_grad_(True)
 
