@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -20,6 +20,9 @@ from torch import Tensor
 from janusflow.errors import ImageError, PromptError
 from janusflow.processing.conversations import read_conversation
 from janusflow.processing.images import load_image
+
+if TYPE_CHECKING:
+    from janusflow.data.shapes.language import Request
 
 KINDS = ("understanding", "generation", "text")
 
@@ -64,6 +67,8 @@ class Sample:
     """Instead of a picture: the noise and the latents that a path is to join, (1, C, h, w)."""
     prompt: str = ""
     """What it is to be drawn from; empty for conversations."""
+    request: Request | None = None
+    """What the prompt asks for, where that can be judged: in the shapes world."""
     messages: Messages = ()
     """HF-style messages that end in an answer, their pictures RGB; empty for generation."""
     entropy: tuple[int, ...] = ()

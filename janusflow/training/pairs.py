@@ -1,7 +1,8 @@
-"""Pairs for reflow: noise, and where the model's own guided path takes it (arXiv 2209.03003).
+"""Pairs for reflow and distillation: noise, and where the model's own guided path takes it.
 
-Trained on such pairs, a model draws in fewer steps and without guidance, which its weights have
-taken in. Files are made one after another; a run that was stopped goes on with the next.
+Trained on such pairs, a model draws in fewer steps; by reflow (arXiv 2209.03003) without guidance,
+too, which its weights have taken in. Files are made one after another; a run that was stopped goes
+on with the next.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from janusflow.data.mixture import DataSettings, open_sources
 from janusflow.data.samples import Sample
 from janusflow.data.sources import Source
 from janusflow.data.sources.pairs import write_pairs
+from janusflow.data.sources.shapes import ShapesSource
 from janusflow.data.stream import SampleStream
 from janusflow.errors import SettingsError
+from janusflow.evaluation.shapes_scorer import fulfils
 from janusflow.files import held_alone, write_json
 from janusflow.models.checkpoints import describe
 from janusflow.pipeline import JanusFlowPipeline
@@ -41,6 +44,8 @@ class PairsRunSettings:
     solver: str = "euler"
     guidance_scale: float | None = None
     """The model's own when not given."""
+    right_only: bool = False
+    """Keep the pairs alone whose picture shows what its prompt says; of the shapes world."""
     seed: int = 0
     """Of the first noise; the next pair has the next."""
     device: str = "cpu"
@@ -64,6 +69,11 @@ def make_pairs(settings: PairsRunSettings) -> Path:
     sources = [s for s in open_sources(settings.data) if s.kind == "generation"]
     if not sources:
         raise SettingsError("prompts come from sources of kind generation, and data has none")
+    if settings.right_only and not all(isinstance(source, ShapesSource) for source in sources):
+        raise SettingsError(
+            "right_only is true, and only pictures of the shapes world can be judged; take sources "
+            "of format shapes, or set it to false"
+        )
     with held_alone(settings.output_dir, "run"):
         _keep_settings(settings)
         return _make_missing(settings, sources)
@@ -94,7 +104,8 @@ def _make_missing(settings: PairsRunSettings, sources: list[Source]) -> Path:
     """Makes the files that are not there yet; returns their folder."""
     folder = Path(settings.output_dir) / "final"
     folder.mkdir(exist_ok=True)
-    pipe = JanusFlowPipeline.from_pretrained(settings.model, vae=None, device=settings.device)
+    vae = "default" if settings.right_only else None
+    pipe = JanusFlowPipeline.from_pretrained(settings.model, vae=vae, device=settings.device)
     pipe.set_progress_bar_config(disable=True)
     num_files = -(-settings.num_pairs // settings.pairs_per_file)
     for number in tqdm(range(num_files), desc="pairs", unit="file"):
@@ -104,7 +115,8 @@ def _make_missing(settings: PairsRunSettings, sources: list[Source]) -> Path:
         start = number * settings.pairs_per_file
         stop = min(start + settings.pairs_per_file, settings.num_pairs)
         stream: SampleStream[Sample] = SampleStream(sources, {}, settings.seed, number, num_files)
-        prompts = [stream.next(0).prompt for _ in range(start, stop)]
+        samples = [stream.next(0) for _ in range(start, stop)]
+        prompts = [sample.prompt for sample in samples]
         first = settings.seed + start
         out = pipe(
             prompts,
@@ -114,8 +126,15 @@ def _make_missing(settings: PairsRunSettings, sources: list[Source]) -> Path:
             guidance_scale=settings.guidance_scale,
             seed=first,
             batch_size=settings.batch_size,
-            output_type="latent",
+            output_type="pil" if settings.right_only else "latent",
         )
         assert out.latents is not None
-        write_pairs(file, out.latents.cpu(), list(range(first, first + stop - start)), prompts)
+        kept = list(range(stop - start))
+        if settings.right_only:
+            requests = [sample.request for sample in samples if sample.request is not None]
+            judged = zip(kept, out.images, requests, strict=True)
+            kept = [place for place, image, request in judged if fulfils(image, request)]
+        write_pairs(
+            file, out.latents.cpu()[kept], [first + i for i in kept], [prompts[i] for i in kept]
+        )
     return folder

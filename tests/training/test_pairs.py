@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from janusflow import JanusFlowPipeline, SettingsError
 from janusflow.data.sources import open_source, source_settings
+from janusflow.evaluation.shapes_scorer import fulfils
 from janusflow.files import held_alone
 from janusflow.settings import fill
 from janusflow.training.pairs import PairsRunSettings, make_pairs
@@ -68,6 +70,33 @@ def test_a_run_that_was_stopped_makes_the_same_files(folder: Path, tmp_path: Pat
     make_pairs(settings_of(tmp_path))
     assert {file.name: file.read_bytes() for file in files} == whole
     assert (tmp_path / "final" / "part-00000.safetensors").stat().st_mtime_ns == kept
+
+
+def test_only_right_pairs_are_kept_where_that_is_asked(tmp_path: Path) -> None:
+    few = {"num_pairs": 8, "pairs_per_file": 8, "num_inference_steps": 2}
+    whole = source_of(make_pairs(settings_of(tmp_path / "all", **few)))
+    right = source_of(make_pairs(settings_of(tmp_path / "right", right_only=True, **few)))
+    pipe = JanusFlowPipeline.from_pretrained("tiny")
+    captions = open_source("captions", source_settings("captions", CAPTIONS))
+    requests = {sample.prompt: sample.request for sample in (captions[i] for i in range(30))}
+    kept = []
+    for pair in (whole[index] for index in range(8)):
+        x_0, x_1 = pair.ends
+        image = pipe(pair.prompt, head="flow", latents=x_0, num_inference_steps=2).images[0]
+        if fulfils(image, requests[pair.prompt]):
+            kept.append((pair.prompt, x_1))
+    assert 0 < len(kept) < 8, "some right, some wrong, or nothing is tested"
+    assert len(right) == len(kept)
+    for index, (prompt, x_1) in enumerate(kept):
+        assert right[index].prompt == prompt
+        assert torch.equal(right[index].ends[1], x_1)
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat.png")
+    (tmp_path / "cat.txt").write_text("a cat")
+    folder = {"format": "folder", "kind": "generation", "path": str(tmp_path)}
+    with pytest.raises(SettingsError, match="only pictures of the shapes world can be judged"):
+        make_pairs(
+            settings_of(tmp_path, right_only=True, data={"sources": {"own": folder}, "threads": 0})
+        )
 
 
 def test_pairs_of_other_settings_are_left_alone(folder: Path) -> None:

@@ -59,9 +59,9 @@ class ShapesSource(Source):
         if self.kind == "generation":
             scene = picture_scene(settings.seed, index)
             rng = np.random.default_rng([settings.seed, _CAPTION, index])
-            caption = training_caption(scene, rng).text
+            request = training_caption(scene, rng)
             image = draw(scene, settings.image_size)
-            return Sample("generation", name, image=image, prompt=caption)
+            return Sample("generation", name, image=image, prompt=request.text, request=request)
         rng = np.random.default_rng([settings.seed, _SCENE, index])
         scene = training_scene(rng, TRAINING_SHARES)
         picture = {"type": "image", "image": draw(scene, settings.image_size)}
