@@ -244,22 +244,27 @@ def compare(settings: CompareSettings, folder: Path, *, progress: bool = False) 
 def trained_alike(flow_model: str, vq_model: str) -> str:
     """Whether two heads learned from the same data for as long, in words for a report."""
     first, second = training_record(flow_model), training_record(vq_model)
-    if flow_model == vq_model and first is not None:
-        return (
-            "Yes: both heads were trained in the same steps of one run over one language model "
-            f"({first['steps']} steps, the same captions and pictures)."
-        )
-    if flow_model == vq_model:
+    if flow_model == vq_model and first is None:
         return "One language model carries both heads; how long each was trained is not recorded."
     if first is None or second is None:
         return (
             "Not known: the heads come from two checkpoints, and not both say how they were "
             "trained. Differences may come from data or training as well as from the head."
         )
-    if first == second:
+    distillation = first.get("distillation")
+    if flow_model == vq_model:
+        joint = (
+            "both heads were trained in the same steps of one run over one language model "
+            f"({first['steps']} steps, the same captions and pictures)"
+        )
+        if distillation is None:
+            return f"Yes: {joint}."
+        return f"Not to the end: {joint}; then the flow head in {distillation['steps']} more."
+    differing = {key for key in {*first, *second} if first.get(key) != second.get(key)}
+    differing |= {"distillation"} & first.keys()  # which is of the flow head alone
+    if not differing:
         return "Yes: two checkpoints with the same record of training."
-    differing = sorted(key for key in {*first, *second} if first.get(key) != second.get(key))
-    return f"No: two checkpoints whose training differs in {', '.join(differing)}."
+    return f"No: two checkpoints whose training differs in {', '.join(sorted(differing))}."
 
 
 def _check_drawing(settings: CompareSettings) -> None:

@@ -77,6 +77,11 @@ def accelerator_for(
             "optimizer.name is 'muon', which needs whole matrices, but FSDP and DeepSpeed cut "
             "them up; set it to 'adamw', or take configs/accelerate/multi_gpu.yaml"
         )
+    if kind is DistributedType.FSDP and not objective.can_be_sharded:
+        raise SettingsError(
+            "this task goes through the same layers several times in a step, which FSDP's shards "
+            "cannot follow; take configs/accelerate/multi_gpu.yaml"
+        )
     if kind is DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:

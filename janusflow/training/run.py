@@ -16,6 +16,7 @@ _TASKS = {  # module, settings, objective
     "vq-tokenizer": ("vq_tokenizer", "VQTokenizerSettings", "VQTokenizerObjective"),
     "joint": ("joint", "JointSettings", "JointObjective"),
     "stage": ("stage", "StageSettings", "StageObjective"),
+    "distillation": ("distillation", "DistillationSettings", "DistillationObjective"),
 }
 _PREPARATIONS = {  # module, settings, function: what makes something to train from
     "assemble": ("assemble", "AssembleSettings", "assemble"),

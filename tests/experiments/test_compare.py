@@ -216,16 +216,27 @@ def test_whether_the_heads_learned_alike_is_read_from_their_records(
 ) -> None:
     assert "not recorded" in trained_alike(str(model), str(model))
     record = {"steps": 3, "data": "shapes"}
-    for name, content in (("one", record), ("two", record), ("three", {**record, "steps": 4})):
+    distilled = {**record, "distillation": {"steps": 5}}
+    records = {"one": record, "two": record, "three": {**record, "steps": 4}}
+    for name, content in (records | {"four": distilled, "five": distilled}).items():
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.json").write_text('{"model_type": "janusflow"}')
         (folder / "training.json").write_text(json.dumps(content))
-    one, two, three = (str(tmp_path / name) for name in ("one", "two", "three"))
+    one, two, three, four, five = (
+        str(tmp_path / name) for name in ("one", "two", "three", "four", "five")
+    )
     assert trained_alike(one, one).startswith("Yes: both heads")
     assert trained_alike(one, two).startswith("Yes: two checkpoints")
     assert trained_alike(one, three) == "No: two checkpoints whose training differs in steps."
     assert trained_alike(str(model), one).startswith("Not known")
+    assert trained_alike(four, four).startswith("Not to the end: both heads were trained in the")
+    assert trained_alike(four, four).endswith("then the flow head in 5 more.")
+    for vq in (one, five):
+        assert (
+            trained_alike(four, vq) == "No: two checkpoints whose training differs in distillation."
+        )
+    assert trained_alike(one, four).endswith("differs in distillation.")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from janusflow.models.prefix import shared_prefix_mask
 from janusflow.settings import fill, read_yaml
 from janusflow.training import joint_parts
 from janusflow.training.autoencoder import AutoencoderObjective, AutoencoderSettings, to_pixels
+from janusflow.training.distillation import DistillationSettings
 from janusflow.training.joint import (
     PATCH_CLASSES,
     JointObjective,
@@ -29,6 +30,7 @@ from janusflow.training.joint import (
 from janusflow.training.joint_parts import encoded_pictures, latents_of
 from janusflow.training.loop import train
 from janusflow.training.losses import patch_loss
+from janusflow.training.pairs import PairsRunSettings
 from janusflow.training.run import run
 from janusflow.training.vq_tokenizer import VQTokenizerObjective, VQTokenizerSettings
 
@@ -366,6 +368,8 @@ def test_a_missing_autoencoder_is_named_with_the_command_that_makes_it(tmp_path)
         ("vq_tokenizer", VQTokenizerSettings),
         ("joint", JointSettings),
         ("further", JointSettings),
+        ("distillation_pairs", PairsRunSettings),
+        ("distillation", DistillationSettings),
     ],
 )
 def test_the_shipped_configs_fit_their_settings(name, kind):
