@@ -50,7 +50,7 @@ class DistillationSettings:
     vae: str = "default"
     """See `JanusFlowPipeline.from_pretrained`."""
     trained: list[str] = field(default_factory=lambda: ["language_model", "flow_head"])
-    """Names of `TRAINABLE`. The flow head alone leaves the VQ head and answers exactly alike."""
+    """Names of `TRAINABLE`. The flow head alone leaves the VQ head and answers as they are."""
     data: DataSettings = field(default_factory=DataSettings)
     """Pairs that the same model made by many steps."""
     num_inference_steps: int = 6
