@@ -81,7 +81,7 @@ def missed(pairs: Path, model: str | Path, solver: str) -> float:
 def test_its_run_is_the_pipelines(pairs: Path, solver: str) -> None:
     objective = objective_of(pairs, solver=solver)
     losses = objective(**objective.batch(0))
-    assert losses["missed"].item() > 0.1, "a loss without errors says nothing"
+    assert losses["missed"].item() > 0.01, "a loss without errors says nothing"
     assert losses["missed"].item() == pytest.approx(missed(pairs, "tiny", solver), rel=1e-3)
     assert losses["held"].item() < 1e-9
 
@@ -188,7 +188,7 @@ def test_weights_in_shards_are_refused(
 ) -> None:
     sharding = SimpleNamespace(distributed_type=DistributedType.FSDP)
     monkeypatch.setattr(processes, "Accelerator", lambda **_: sharding)
-    with pytest.raises(SettingsError, match=r"several times in a step.* multi_gpu\.yaml"):
+    with pytest.raises(SettingsError, match=r"several times in a step.*multi_gpu\.yaml"):
         train(objective_of(pairs), LoopSettings(), tmp_path)
 
 
