@@ -106,7 +106,7 @@ class DistillationObjective(StreamObjective):
         self._pipe.set_progress_bar_config(disable=True)
         self.model = self._pipe.model
         self.model.require_head("flow")
-        choose_trained(self.model, settings.trained, TRAINABLE)
+        choose_trained(self.model, settings.trained, TRAINABLE, settings.model)
         # As it was; no module of ours, so that checkpoints do without it.
         self._before = JanusFlowPipeline.from_pretrained(settings.model, vae=None)
         scale = settings.guidance_scale

@@ -168,7 +168,7 @@ class StageObjective(StreamObjective):
             self.model.require_head(head)
         if "flow" in settings.drawing.heads and self._pipe.vae is None:
             raise SettingsError(f"{settings.model} has no autoencoder; name one by vae")
-        choose_trained(self.model, settings.trained, TRAINABLE)
+        choose_trained(self.model, settings.trained, TRAINABLE, settings.model)
         torch.manual_seed(settings.loop.seed)
         if settings.lora.rank:
             add_adapters(self.model, settings.lora)
@@ -443,8 +443,15 @@ def choose_trained(
     model: JanusFlowForConditionalGeneration,
     trained: Sequence[str],
     parts: Mapping[str, Sequence[str]],
+    source: str,
 ) -> None:
     """Freezes all weights but those of the modules that `trained` names in `parts`.
+
+    Args:
+        model: The model.
+        trained: Names of `parts`.
+        parts: Modules by name.
+        source: Where the model comes from, for the error.
 
     Raises:
         SettingsError: If the model has nothing of that name.
@@ -457,7 +464,7 @@ def choose_trained(
             if any(key == part or key.startswith(f"{part}.") for part in parts[name])
         ]
         if not chosen:
-            raise SettingsError(f"trained names {name!r}, and the model has no such part")
+            raise SettingsError(f"trained names {name!r}, and {source} has no such part")
         for weight in chosen:
             weight.requires_grad_(True)
 

@@ -28,6 +28,7 @@ from janusflow.training.run import run
 
 CAPTIONS = {"format": "shapes", "kind": "generation", "num_pictures": 30}
 FEW = {"num_inference_steps": 3, "shift": 1.5, "guidance_scale": 1.75}
+SATURATION = 0.1
 LAYERS = ("model.language_model.model.layers.", "model.language_model.model.norm.")
 
 
@@ -50,7 +51,7 @@ def values_of(pairs: Path, **changes: Any) -> dict[str, Any]:
         "data": {"sources": {"pairs": source_values(pairs)}},
         **FEW,
         "batch_size": 6,
-        "saturation": 0.5,
+        "saturation": SATURATION,
         "loop": {"steps": 8, "precision": "no", "ema_decay": 0.0},
     }
     return {**values, **changes}
@@ -74,14 +75,14 @@ def missed(pairs: Path, model: str | Path, solver: str) -> float:
     prompts = [sample.prompt for sample in samples]
     out = pipe(prompts, latents=x_0, solver=solver, output_type="latent", **FEW)
     errors = (out.latents - x_1).square().flatten(1).mean(1)
-    return (errors / (errors + 0.5)).mean().item()
+    return (errors / (errors + SATURATION)).mean().item()
 
 
 @pytest.mark.parametrize("solver", ["euler", "unipc", "midpoint"])
 def test_its_run_is_the_pipelines(pairs: Path, solver: str) -> None:
     objective = objective_of(pairs, solver=solver)
     losses = objective(**objective.batch(0))
-    assert losses["missed"].item() > 0.01, "a loss without errors says nothing"
+    assert losses["missed"].item() > 0.1, "a loss without errors says nothing"
     assert losses["missed"].item() == pytest.approx(missed(pairs, "tiny", solver), rel=1e-3)
     assert losses["held"].item() < 1e-9
 
