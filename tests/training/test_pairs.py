@@ -99,6 +99,18 @@ def test_only_right_pairs_are_kept_where_that_is_asked(tmp_path: Path) -> None:
         )
 
 
+def test_pairs_can_be_made_in_bfloat16(folder: Path, tmp_path: Path) -> None:
+    rough = source_of(make_pairs(settings_of(tmp_path, dtype="bfloat16")))
+    changes = []
+    for index in range(7):
+        (x_0, x_1), (other_x_0, other_x_1) = source_of(folder)[index].ends, rough[index].ends
+        assert torch.equal(x_0, other_x_0)
+        changes.append(float((x_1 - other_x_1).norm() / x_1.norm()))
+    assert 1e-4 < sorted(changes)[3] < 0.05, "another rounding, the same pictures"
+    with pytest.raises(SettingsError, match="dtype is 'half'; expected one of float32, bfloat16"):
+        settings_of(tmp_path, dtype="half")
+
+
 def test_pairs_of_other_settings_are_left_alone(folder: Path) -> None:
     place = folder.parent
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
