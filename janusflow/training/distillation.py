@@ -60,8 +60,8 @@ class DistillationSettings:
     """The model's own when not given."""
     batch_size: int = 24
     saturation: float = 0.05
-    """A pair's mean squared error e counts as e / (e + saturation): pictures that come out as
-    another one altogether, which no small change mends, do not outweigh all others."""
+    """A pair's mean squared error e counts as e / (e + saturation): a picture that comes out as
+    another one altogether, which no small change mends, is one miss and no more."""
     held_weight: float = 6.0
     """Of the mean squared change of velocities on the straight path between the ends of a pair."""
     preview: PreviewSettings = field(default_factory=PreviewSettings)
