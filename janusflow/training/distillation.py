@@ -81,6 +81,36 @@ class DistillationSettings:
             raise SettingsError(f"held_weight is at least 0, not {self.held_weight}")
 
 
+class _GradientLimit:
+    """Keeps what comes back through a pair's states as short as its gradient at the end.
+
+    Near the border between two pictures the end depends on the state without measure; the gradient
+    of such a pair would drown those of all others. Holds no graph, and nothing that does.
+    """
+
+    def at_end(self, ends: Tensor) -> Tensor:
+        """Notes the norms when the gradient arrives, ends (B, C, h, w)."""
+        if ends.requires_grad:
+            ends.register_hook(self._note)
+        return ends
+
+    def at_step(self, x: Tensor) -> Tensor:
+        """The state, with its gradient limited, (B, C, h, w)."""
+        if not x.requires_grad:
+            return x
+        x = x.view_as(x)
+        x.register_hook(self._limit)
+        return x
+
+    def _note(self, gradient: Tensor) -> None:
+        self._norms = gradient.flatten(1).norm(dim=1)
+
+    def _limit(self, gradient: Tensor) -> Tensor:
+        norms = gradient.flatten(1).norm(dim=1)
+        share = (self._norms / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp(max=1)
+        return gradient * share.view(-1, 1, 1, 1)
+
+
 class DistillationObjective(StreamObjective):
     """The model, how far from the pairs' pictures it ends, and how far its velocities moved."""
 
@@ -140,7 +170,11 @@ class DistillationObjective(StreamObjective):
         """How many pairs are missed, a near miss counting in part, and the change of velocities."""
         settings = self.settings
         field = self._field(self.model, ids, mask)
-        ends = solve(field, x_0, self._times, solver=settings.solver).latents
+        limit = _GradientLimit()
+        ends = solve(
+            lambda x, t: field(limit.at_step(x), t), x_0, self._times, solver=settings.solver
+        ).latents
+        ends = limit.at_end(ends)
         errors = (ends - x_1).square().flatten(1).mean(1)
         x_t = interpolate(x_0, x_1, t)
         with torch.no_grad():

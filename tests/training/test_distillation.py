@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,6 +119,64 @@ def test_what_it_trains_has_gradients(pairs: Path, trained: list[str], dtype: to
         if weight.requires_grad:
             assert weight.grad is not None, name
             assert weight.grad.abs().max() > 0, name
+
+
+class Growth:
+    """A field whose velocity is the state times a slope for each pair, (B, 1, 1, 1)."""
+
+    def __init__(self, slopes: list[float]) -> None:
+        self.slopes = torch.tensor(slopes).view(-1, 1, 1, 1).requires_grad_()
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.slopes * x
+
+    def velocities(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.detach(), x.detach()
+
+
+def test_a_pair_on_the_border_does_not_drown_the_others(
+    pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, slopes = 4, [0.0, 0.5, -2.0, 5.0, 12.0]
+    changes = {"num_inference_steps": steps, "shift": 1.0, "solver": "euler", "batch_size": 5}
+    objective = objective_of(pairs, **changes)
+    batch = objective.batch(0)
+    growth = (1 + torch.tensor(slopes) / steps).view(-1, 1, 1, 1)
+    x_0 = batch["x_0"].clone().requires_grad_()
+    ends = (batch["x_0"] * growth**steps).requires_grad_()
+    batch |= {"x_0": x_0, "x_1": (ends - 0.3).detach()}
+    errors = (ends - batch["x_1"]).square().flatten(1).mean(1)
+    (errors / (errors + SATURATION)).mean().backward()
+    field = Growth(slopes)
+    monkeypatch.setattr(objective, "_field", lambda *_: field)
+    objective(**batch)["missed"].backward()
+    assert x_0.grad is not None
+    assert ends.grad is not None
+    gentle = [0, 1, 2]  # Each step's share comes back shorter than the gradient at the end.
+    expected = (ends.grad * growth**steps)[gentle]
+    torch.testing.assert_close(x_0.grad[gentle], expected, rtol=1e-4, atol=0)
+    # The end's own gradient and, from every step, at most as much again.
+    grown = x_0.grad.flatten(1).norm(dim=1) / ends.grad.flatten(1).norm(dim=1)
+    torch.testing.assert_close(grown[3:], torch.full((2,), 1.0 + steps), rtol=1e-3, atol=0)
+
+
+def test_nothing_of_a_step_outlives_it(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = objective_of(pairs)
+    fields = []
+    make = objective._field
+
+    def kept(*args: Any) -> GuidedField:
+        field = make(*args)
+        fields.append(weakref.ref(field))
+        return field
+
+    monkeypatch.setattr(objective, "_field", kept)
+    losses = objective(**objective.batch(0))
+    losses["missed"].backward()
+    del losses
+    gc.collect()
+    assert fields
+    assert not any(field() for field in fields)
 
 
 def test_it_learns_to_end_at_the_pairs(pairs: Path, tmp_path: Path) -> None:
