@@ -2,7 +2,7 @@
 
 Trained on such pairs, a model draws in fewer steps; by reflow (arXiv 2209.03003) without guidance,
 too, which its weights have taken in. Files are made one after another; a run that was stopped goes
-on with the next.
+on with the next. Axes: n pairs, C latent channels, h w latent cells.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from janusflow.data.mixture import DataSettings, open_sources
@@ -32,6 +34,18 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
+class MissedSettings:
+    """A way of drawing, whose wrong pictures pairs are to mend."""
+
+    num_inference_steps: int = 0
+    """0: there is none, and pairs are of any noise."""
+    solver: str = "unipc"
+    shift: float = 1.0
+    guidance_scale: float | None = None
+    """The model's own when not given."""
+
+
+@dataclass(frozen=True)
 class PairsRunSettings:
     """Which pairs, and how many."""
 
@@ -49,6 +63,11 @@ class PairsRunSettings:
     """The model's own when not given."""
     right_only: bool = False
     """Keep the pairs alone whose picture shows what its prompt says; of the shapes world."""
+    missed_by: MissedSettings = field(default_factory=MissedSettings)
+    """Keep the pairs alone whose noise becomes a wrong picture so; with `right_only`."""
+    more_guidance_scales: list[float] = field(default_factory=list)
+    """With `missed_by`: of the right pictures by any of these or `guidance_scale`, a pair gets the
+    nearest to the wrong one."""
     seed: int = 0
     """Of the first noise; the next pair has the next."""
     device: str = "cpu"
@@ -62,6 +81,16 @@ class PairsRunSettings:
                 raise SettingsError(f"{name} is at least 1, not {getattr(self, name)}")
         if self.dtype not in _DTYPES:
             raise SettingsError(f"dtype is {self.dtype!r}; expected one of {', '.join(_DTYPES)}")
+        missed_steps = self.missed_by.num_inference_steps
+        if missed_steps < 0:
+            raise SettingsError(f"missed_by.num_inference_steps is at least 0, not {missed_steps}")
+        if missed_steps and not self.right_only:
+            raise SettingsError("missed_by needs pictures to be judged; set right_only to true")
+        if self.more_guidance_scales and not missed_steps:
+            raise SettingsError(
+                "more_guidance_scales are for noises that are missed; set "
+                "missed_by.num_inference_steps, or leave them out"
+            )
 
 
 def make_pairs(settings: PairsRunSettings) -> Path:
@@ -126,25 +155,55 @@ def _make_missing(settings: PairsRunSettings, sources: list[Source]) -> Path:
         stop = min(start + settings.pairs_per_file, settings.num_pairs)
         stream: SampleStream[Sample] = SampleStream(sources, {}, settings.seed, number, num_files)
         samples = [stream.next(0) for _ in range(start, stop)]
-        prompts = [sample.prompt for sample in samples]
-        first = settings.seed + start
-        out = pipe(
-            prompts,
-            head="flow",
-            num_inference_steps=settings.num_inference_steps,
-            solver=settings.solver,
-            guidance_scale=settings.guidance_scale,
-            seed=first,
-            batch_size=settings.batch_size,
-            output_type="pil" if settings.right_only else "latent",
-        )
-        assert out.latents is not None
-        kept = list(range(stop - start))
-        if settings.right_only:
-            requests = [sample.request for sample in samples if sample.request is not None]
-            judged = zip(kept, out.images, requests, strict=True)
-            kept = [place for place, image, request in judged if fulfils(image, request)]
-        write_pairs(
-            file, out.latents.cpu()[kept], [first + i for i in kept], [prompts[i] for i in kept]
-        )
+        seeds = list(range(settings.seed + start, settings.seed + stop))
+        places, x_1 = _ends(pipe, settings, samples, seeds)
+        write_pairs(file, x_1, [seeds[i] for i in places], [samples[i].prompt for i in places])
     return folder
+
+
+def _ends(
+    pipe: JanusFlowPipeline, settings: PairsRunSettings, samples: list[Sample], seeds: list[int]
+) -> tuple[list[int], Tensor]:
+    """The places of the samples that are kept, and where their noises end, (n, C, h, w)."""
+    many = {"num_inference_steps": settings.num_inference_steps, "solver": settings.solver}
+    if not settings.missed_by.num_inference_steps:
+        way = {**many, "guidance_scale": settings.guidance_scale}
+        x_1, right = _drawn(pipe, settings, samples, seeds, way)
+        return right.nonzero().flatten().tolist(), x_1[right]
+    wrong, right = _drawn(pipe, settings, samples, seeds, asdict(settings.missed_by))
+    missed = (~right).nonzero().flatten().tolist()
+    samples, seeds = [samples[i] for i in missed], [seeds[i] for i in missed]
+    wrong = wrong[missed]
+    nearest, x_1 = torch.full((len(missed),), torch.inf), wrong.clone()
+    for scale in (settings.guidance_scale, *settings.more_guidance_scales) if missed else ():
+        way = {**many, "guidance_scale": scale}
+        ends, right = _drawn(pipe, settings, samples, seeds, way)
+        distances = (ends - wrong).square().flatten(1).mean(1).where(right, torch.inf)
+        nearer = distances < nearest
+        nearest[nearer], x_1[nearer] = distances[nearer], ends[nearer]
+    mended = nearest.isfinite()
+    return [i for i, found in zip(missed, mended, strict=True) if found], x_1[mended]
+
+
+def _drawn(
+    pipe: JanusFlowPipeline,
+    settings: PairsRunSettings,
+    samples: list[Sample],
+    seeds: list[int],
+    way: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Latents (n, C, h, w), and which pictures are right (n,); all, where none is judged."""
+    out = pipe(
+        [sample.prompt for sample in samples],
+        head="flow",
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        batch_size=settings.batch_size,
+        output_type="pil" if settings.right_only else "latent",
+        **way,
+    )
+    assert out.latents is not None
+    right = [True] * len(samples)
+    if settings.right_only:
+        requests = [sample.request for sample in samples if sample.request is not None]
+        right = [fulfils(image, r) for image, r in zip(out.images, requests, strict=True)]
+    return out.latents.cpu(), torch.tensor(right)

@@ -99,6 +99,51 @@ def test_only_right_pairs_are_kept_where_that_is_asked(tmp_path: Path) -> None:
         )
 
 
+def test_a_miss_gets_the_nearest_right_picture(tmp_path: Path) -> None:
+    few = {"num_inference_steps": 2, "solver": "euler", "shift": 1.5, "guidance_scale": 1.5}
+    many = {"num_inference_steps": 6, "solver": "ab2"}
+    files = {"num_pairs": 20, "pairs_per_file": 20}
+    whole = source_of(make_pairs(settings_of(tmp_path / "all", **files)))
+    mended = {"right_only": True, "missed_by": few, **many}
+    mended |= {"guidance_scale": 1.0, "more_guidance_scales": [2.0]}
+    missed = source_of(make_pairs(settings_of(tmp_path / "missed", **files, **mended)))
+    pipe = JanusFlowPipeline.from_pretrained("tiny")
+    pipe.set_progress_bar_config(disable=True)
+    captions = open_source("captions", source_settings("captions", CAPTIONS))
+    requests = {sample.prompt: sample.request for sample in (captions[i] for i in range(30))}
+    expected, chosen = [], []
+    for pair in (whole[index] for index in range(20)):
+        common = {"head": "flow", "latents": pair.ends[0]}
+        wrong = pipe(pair.prompt, **common, **few)
+        if fulfils(wrong.images[0], requests[pair.prompt]):
+            continue
+        outs = [pipe(pair.prompt, **common, **many, guidance_scale=scale) for scale in (1.0, 2.0)]
+        right = [out for out in outs if fulfils(out.images[0], requests[pair.prompt])]
+        if right:
+            near = min(right, key=lambda out: (out.latents - wrong.latents).norm().item())
+            expected.append((pair.prompt, pair.ends[0], near.latents))
+            chosen.append((len(right), outs.index(near)))
+    assert {(2, 0), (2, 1)} < set(chosen), "the nearest is each of two, or nothing is tested"
+    assert len(missed) == len(expected) < 20
+    for index, (prompt, x_0, x_1) in enumerate(expected):
+        assert missed[index].prompt == prompt
+        assert torch.equal(missed[index].ends[0], x_0)
+        torch.testing.assert_close(missed[index].ends[1], x_1, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"missed_by": {"num_inference_steps": 6}}, "set right_only to true"),
+        ({"missed_by": {"num_inference_steps": -1}}, "num_inference_steps is at least 0, not -1"),
+        ({"more_guidance_scales": [2.0]}, "set missed_by.num_inference_steps, or leave them out"),
+    ],
+)
+def test_misses_need_what_tells_them(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        settings_of(tmp_path, **changes)
+
+
 def test_pairs_can_be_made_in_bfloat16(folder: Path, tmp_path: Path) -> None:
     rough = source_of(make_pairs(settings_of(tmp_path, dtype="bfloat16")))
     changes = []
