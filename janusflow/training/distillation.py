@@ -82,17 +82,16 @@ class DistillationSettings:
 
 
 class _GradientLimit:
-    """Keeps what comes back through a pair's states as short as its gradient at the end.
+    """Keeps what comes back through each state of a pair as short as its gradient at the end.
 
     Near the border between two pictures the end depends on the state without measure; the gradient
     of such a pair would drown those of all others. Holds no graph, and nothing that does.
     """
 
-    def at_end(self, ends: Tensor) -> Tensor:
+    def at_end(self, ends: Tensor) -> None:
         """Notes the norms when the gradient arrives, ends (B, C, h, w)."""
         if ends.requires_grad:
             ends.register_hook(self._note)
-        return ends
 
     def at_step(self, x: Tensor) -> Tensor:
         """The state, with its gradient limited, (B, C, h, w)."""
@@ -174,7 +173,7 @@ class DistillationObjective(StreamObjective):
         ends = solve(
             lambda x, t: field(limit.at_step(x), t), x_0, self._times, solver=settings.solver
         ).latents
-        ends = limit.at_end(ends)
+        limit.at_end(ends)
         errors = (ends - x_1).square().flatten(1).mean(1)
         x_t = interpolate(x_0, x_1, t)
         with torch.no_grad():

@@ -131,6 +131,17 @@ def test_a_miss_gets_the_nearest_right_picture(tmp_path: Path) -> None:
         torch.testing.assert_close(missed[index].ends[1], x_1, atol=2e-3, rtol=1e-3)
 
 
+def test_files_without_a_pair_are_refused(tmp_path: Path) -> None:
+    few = {"num_inference_steps": 30, "solver": "euler"}
+    settings = settings_of(tmp_path, num_pairs=2, seed=1, right_only=True, missed_by=few)
+    folder = make_pairs(settings)
+    assert list(folder.glob("*.safetensors"))
+    with pytest.raises(
+        SettingsError, match=r"no pair is in the files of .*make more by task pairs"
+    ):
+        source_of(folder)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

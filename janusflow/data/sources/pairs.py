@@ -51,7 +51,7 @@ class PairsSource(Source):
         """Finds the files.
 
         Raises:
-            SettingsError: There is none.
+            SettingsError: There is none, or they hold no pair.
         """
         super().__init__(name, settings)
         self._files = sorted(Path(settings.path).glob("part-*.safetensors"))
@@ -61,6 +61,11 @@ class PairsSource(Source):
             )
         self._prompts = lru_cache(maxsize=8)(self._read_prompts)
         self._ends = list(accumulate(len(self._read_prompts(file)) for file in self._files))
+        if not len(self):
+            raise SettingsError(
+                f"no pair is in the files of {settings.path}: none that was made was kept; make "
+                "more by task pairs (num_pairs)"
+            )
 
     @staticmethod
     def _read_prompts(file: Path) -> list[str]:
