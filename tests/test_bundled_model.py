@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from janusflow import JanusFlowPipeline
+from janusflow import PRESETS, JanusFlowPipeline
 from janusflow.data.shapes import Scene, ShapeObject, draw
 from janusflow.data.shapes.language import Item, Request
 from janusflow.evaluation.shapes import score_answers, score_pictures
@@ -74,3 +74,16 @@ def test_its_pictures_reach_the_goal(pipe, head, goal):
 @pytest.mark.slow
 def test_its_answers_reach_the_goal(pipe):
     assert score_answers(pipe, num=300)["overall"] >= 0.95
+
+
+@pytest.mark.slow
+def test_the_preset_fast_is_within_a_hundredth_of_thirty_euler_steps(pipe):
+    # As in docs/samplers.md: 3,000 prompts, as the difference has a standard error of 0.0024.
+    seeds = range(40_000, 50_000, 1000)
+    ways = (PRESETS["fast"], {"num_inference_steps": 30, "solver": "euler"})
+    fast, euler = (
+        sum(score_pictures(pipe, num=300, seed=seed, **way)["overall"] for seed in seeds)
+        for way in ways
+    )
+    assert PRESETS["fast"]["num_inference_steps"] <= 6
+    assert fast >= euler - 0.01 * len(seeds)

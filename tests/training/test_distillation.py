@@ -285,5 +285,8 @@ def test_the_shipped_config_is_of_the_preset_and_the_pairs_before_it() -> None:
     configs = Path(__file__).parents[2] / "configs" / "train" / "tiny"
     values = read_yaml(configs / "distillation.yaml")
     assert {name: values[name] for name in PRESETS["fast"]} == PRESETS["fast"]
-    made = read_yaml(configs / "distillation_pairs.yaml")["output_dir"]
-    assert values["data"]["sources"]["pairs"]["path"] == f"{made}/final"
+    missed_by = read_yaml(configs / "missed_pairs.yaml")["missed_by"]
+    assert missed_by == PRESETS["fast"]
+    for name, source in (("distillation_pairs", "pairs"), ("missed_pairs", "missed")):
+        made = read_yaml(configs / f"{name}.yaml")["output_dir"]
+        assert values["data"]["sources"][source]["path"] == f"{made}/final"

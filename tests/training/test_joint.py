@@ -369,6 +369,7 @@ def test_a_missing_autoencoder_is_named_with_the_command_that_makes_it(tmp_path)
         ("joint", JointSettings),
         ("further", JointSettings),
         ("distillation_pairs", PairsRunSettings),
+        ("missed_pairs", PairsRunSettings),
         ("distillation", DistillationSettings),
     ],
 )
@@ -386,6 +387,9 @@ def test_the_shipped_configs_fit_their_settings(name, kind):
         ("further", "autoencoder", "decoder"),
         ("further", "vq_tokenizer", "vq_tokenizer"),
         ("further", "initial_model", "joint"),
+        ("distillation_pairs", "model", "further"),
+        ("missed_pairs", "model", "further"),
+        ("distillation", "model", "further"),
     ],
 )
 def test_each_shipped_run_takes_what_the_one_before_leaves(name, setting, before):
