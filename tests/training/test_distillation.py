@@ -30,7 +30,7 @@ from janusflow.training.run import run
 
 CAPTIONS = {"format": "shapes", "kind": "generation", "num_pictures": 30}
 FEW = {"num_inference_steps": 3, "shift": 1.5, "guidance_scale": 1.75}
-SATURATION = 0.1
+SATURATION = 0.05
 LAYERS = ("model.language_model.model.layers.", "model.language_model.model.norm.")
 
 

@@ -105,7 +105,7 @@ def test_a_miss_gets_the_nearest_right_picture(tmp_path: Path) -> None:
     files = {"num_pairs": 20, "pairs_per_file": 20}
     whole = source_of(make_pairs(settings_of(tmp_path / "all", **files)))
     mended = {"right_only": True, "missed_by": few, **many}
-    mended |= {"guidance_scale": 1.0, "more_guidance_scales": [2.0]}
+    mended |= {"guidance_scale": 1.0, "more_guidance_scales": [2.0, 2.5]}
     missed = source_of(make_pairs(settings_of(tmp_path / "missed", **files, **mended)))
     pipe = JanusFlowPipeline.from_pretrained("tiny")
     pipe.set_progress_bar_config(disable=True)
@@ -117,7 +117,9 @@ def test_a_miss_gets_the_nearest_right_picture(tmp_path: Path) -> None:
         wrong = pipe(pair.prompt, **common, **few)
         if fulfils(wrong.images[0], requests[pair.prompt]):
             continue
-        outs = [pipe(pair.prompt, **common, **many, guidance_scale=scale) for scale in (1.0, 2.0)]
+        outs = [
+            pipe(pair.prompt, **common, **many, guidance_scale=scale) for scale in (1.0, 2.0, 2.5)
+        ]
         right = [out for out in outs if fulfils(out.images[0], requests[pair.prompt])]
         if right:
             near = min(right, key=lambda out: (out.latents - wrong.latents).norm().item())

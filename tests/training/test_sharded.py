@@ -51,7 +51,8 @@ loop:
   save_every: 2
   validate_every: 4
   preview_every: 4
-  optimizer: {learning_rate: 1.0e-4, max_grad_norm: 0.5}
+  # A first step of AdamW goes by a gradient's sign, even where that is rounding: it is kept small.
+  optimizer: {learning_rate: 1.0e-4, warmup_steps: 4, max_grad_norm: 0.5}
 """
 KINDS = {
     "multi_gpu": DistributedType.MULTI_GPU,
