@@ -30,7 +30,7 @@ from janusflow.training.run import run
 
 CAPTIONS = {"format": "shapes", "kind": "generation", "num_pictures": 30}
 FEW = {"num_inference_steps": 3, "shift": 1.5, "guidance_scale": 1.75}
-SATURATION = 0.05
+SATURATION = 0.1
 LAYERS = ("model.language_model.model.layers.", "model.language_model.model.norm.")
 
 
@@ -42,7 +42,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_pairs": 6,
         "num_inference_steps": 8,
         "solver": "unipc",
-        "guidance_scale": 2.5,
+        "guidance_scale": 4.0,
     }
     return make_pairs(fill(PairsRunSettings, values))
 

@@ -189,8 +189,8 @@ def agree(whole: Path, other: Path, steps: int) -> None:
     assert len(others) == steps + 1
     for one, another in zip(records[-len(others) :], others, strict=True):
         assert one == pytest.approx(another, abs=1e-4, rel=1e-4)
-    # An update is of about 1e-4. The moments of two such runs are sums of gradients of norm 1.
-    for file, tolerance in {"model": 2e-5, "ema": 2e-5, "optimizer-0": 1e-6}.items():
+    # An update is of up to 1e-4. The moments of two such runs are sums of gradients of norm 1.
+    for file, tolerance in {"model": 1e-5, "ema": 1e-5, "optimizer-0": 1e-6}.items():
         one, another = (
             load_file(folder / "step-0000004" / f"{file}.safetensors") for folder in (whole, other)
         )
